@@ -1,0 +1,1 @@
+"""metalearn: a Hydra-configured experiment runner for meta-learning on PyTorch."""

@@ -1,0 +1,7 @@
+"""Meta-algorithms, one file each."""
+
+from metalearn.algorithms.maml import MAML
+from metalearn.algorithms.protonet import ProtoNet
+from metalearn.algorithms.reptile import Reptile
+
+__all__ = ["MAML", "ProtoNet", "Reptile"]

@@ -1,0 +1,149 @@
+"""A network as a list of named, resumable stages, pure in its parameters.
+
+The module holds the meta-parameters (as ordinary `nn.Parameter`s) but never uses them by itself: every forward pass
+is given a dictionary of parameters, shared `[*shape]` or one per task `[B, *shape]`, leaf by leaf.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from metalearn.episode import Params
+from metalearn.ops import Normalization, linear
+from metalearn.random import Key
+
+OnSite = Callable[[Tensor, str], Tensor]
+"""Called with the activations `[B, n, ...]` and the name of each site that is reached."""
+
+
+class Stage(nn.Module, ABC):
+    """One resumable step of a network; `name` prefixes its parameters' names."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Shape of one example after this stage."""
+
+    @abstractmethod
+    def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
+        """`[B, n, *shape before]` to `[B, n, *shape]`."""
+
+
+class Linear(Stage):
+    """Affine map of flat features."""
+
+    def __init__(self, name: str, inputs: int, outputs: int):
+        super().__init__()
+        self.name, self.shape = name, (outputs,)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+    def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
+        return linear(h, params[f"{self.name}.weight"], params[f"{self.name}.bias"])
+
+
+class Backbone(nn.Module):
+    """A chain of stages; a *site* is the place after a stage (`input` is before the first).
+
+    Args:
+        stages: in order; the last one may be called `head`, and the site before it is `feat`.
+        bn_affine_inner: whether inner loops adapt the batch-norm scale and offset (they are always meta-learned).
+    """
+
+    def __init__(self, stages: list[Stage], *, bn_affine_inner: bool = True):
+        super().__init__()
+        for stage in stages:
+            self.add_module(stage.name, stage)
+        self.stages = [stage.name for stage in stages]
+        self.bn_affine_inner = bn_affine_inner
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of all sites in order."""
+        return ["input", *self.stages]
+
+    @property
+    def has_norm(self) -> bool:
+        """Whether some layer normalises by batch statistics; if not, all batch-norm modes agree."""
+        return any(".norm" in name or name.endswith("norm") for name, _ in self.named_modules())
+
+    def shapes(self) -> dict[str, torch.Size]:
+        """Shape of every parameter without a task axis."""
+        return {name: p.shape for name, p in self.named_parameters()}
+
+    def adapts(self, name: str) -> bool:
+        """Whether an inner loop may move this parameter at all."""
+        return self.bn_affine_inner or ".norm." not in name
+
+    def stage(self, name: str) -> Stage:
+        """The stage that ends at site `name`."""
+        stage = getattr(self, name)
+        assert isinstance(stage, Stage)
+        return stage
+
+    def first_site(self, names: list[str]) -> str:
+        """The last site that no parameter in `names` influences: features up to there are fixed while they move."""
+        moved = {name.split(".", 1)[0] for name in names}
+        before = "input"
+        for stage in self.stages:
+            if stage in moved:
+                return before
+            before = stage
+        return before
+
+    def run(
+        self,
+        params: Params,
+        h: Tensor,
+        start: str = "input",
+        stop: str | None = None,
+        *,
+        norm: Normalization | None = None,
+        on_site: OnSite | None = None,
+    ) -> Tensor:
+        """Apply the stages between two sites.
+
+        Args:
+            params: by name, each leaf `[*shape]` or `[B, *shape]`.
+            h: activations at `start`, `[B, n, *shape]`.
+            start: site of `h`.
+            stop: site to stop at; None runs to the end.
+            norm: how batch norm works in this pass; None means by batch statistics.
+            on_site: maps the activations at each site that is reached, `start` excepted unless it is the input.
+
+        Returns:
+            Activations at `stop`, `[B, n, *shape]`.
+        """
+        norm = norm or Normalization()
+        sites = self.sites
+        first, last = sites.index(start), len(sites) - 1 if stop is None else sites.index(stop)
+        if on_site is not None and first == 0:
+            h = on_site(h, "input")
+        for name in sites[first + 1 : last + 1]:
+            h = self.stage(name).apply_stage(params, h, norm)
+            if on_site is not None:
+                h = on_site(h, name)
+        return h
+
+    def reset(self, key: Key) -> None:
+        """Draw the initial parameters; each depends on the key and its own name alone."""
+        for name, parameter in self.named_parameters():
+            generator = torch.Generator().manual_seed(key.sub(name).integer())
+            with torch.no_grad():
+                self.initialize(name, parameter, generator)
+
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        """Default: Xavier-uniform weights, zero biases and offsets, unit scales."""
+        if name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        elif parameter.dim() < 2:
+            parameter.zero_()
+        else:
+            nn.init.xavier_uniform_(parameter, generator=generator)
+
+    def activation_bytes(self, n: int) -> int:
+        """Bytes of the stages' outputs for `n` examples of one task: the unit in which tasks are chunked."""
+        size = next(self.parameters()).element_size()
+        return n * size * sum(math.prod(self.stage(s).shape) for s in self.stages)

@@ -1,0 +1,137 @@
+"""Four convolutional blocks (Vinyals et al. 2016; Finn et al. 2017) in the variants that papers use."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metalearn.backbones.base import Backbone, Linear, Stage
+from metalearn.episode import Params
+from metalearn.ops import Normalization, batch_norm, conv2d
+
+
+class _Affine(nn.Module):
+    """Holds gamma and beta of a batch-norm layer, as far as they are learned."""
+
+    def __init__(self, width: int, affine: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width)) if affine == "full" else None
+        self.bias = nn.Parameter(torch.zeros(width)) if affine in ("full", "beta") else None
+
+
+class _Filters(nn.Module):
+    def __init__(self, channels: int, width: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, channels, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(width)) if bias else None
+
+
+class Block(Stage):
+    """3x3 convolution, batch norm, ReLU, and halving by 2x2 max-pooling or by stride 2.
+
+    Zero padding is one pixel on each side. (TensorFlow's "same" padding with stride 2 pads even sizes on one side
+    only; the output sizes are equal.)
+    """
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], width: int, *, downsample: str, bn: bool, bias: bool, affine: str, eps: float
+    ):
+        super().__init__()
+        self.name, self.eps = name, eps
+        self.stride = 2 if downsample == "stride" else 1
+        self.conv = _Filters(shape[0], width, bias)
+        if bn:
+            self.norm = _Affine(width, affine)
+        self.bn = bn
+        halve = (lambda s: (s + 1) // 2) if self.stride == 2 else (lambda s: s // 2)
+        self.shape = (width, halve(shape[1]), halve(shape[2]))
+
+    def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
+        def get(name: str) -> Tensor | None:
+            return params.get(f"{self.name}.{name}")
+
+        h = conv2d(h, params[f"{self.name}.conv.weight"], stride=self.stride, padding=1)
+        bias = get("conv.bias")
+        if self.bn:
+            gamma, beta = get("norm.weight"), get("norm.bias")
+            h = batch_norm(h, gamma, beta, bias, layer=f"{self.name}.norm", eps=self.eps, norm=norm)
+        elif bias is not None:
+            h = h + (bias[:, None, :, None, None] if bias.dim() == 2 else bias[:, None, None])
+        h = torch.relu(h)
+        return h if self.stride == 2 else _max_pool(h)
+
+
+def _max_pool(h: Tensor) -> Tensor:
+    """2x2 maximum of `[B, n, C, H, W]`, keeping the memory order of the tasks."""
+    tasks, n, channels = h.shape[:3]
+    if h.stride(0) > h.stride(1):
+        return F.max_pool2d(h.flatten(0, 1), 2).unflatten(0, (tasks, n))
+    return F.max_pool2d(h.transpose(0, 1).flatten(1, 2), 2).unflatten(1, (tasks, channels)).transpose(0, 1)
+
+
+class _Readout(Stage):
+    name = "feat"
+
+    def __init__(self, shape: tuple[int, ...], kind: str):
+        super().__init__()
+        self.kind = kind
+        self.shape = (shape[0],) if kind == "mean" else (int(torch.Size(shape).numel()),)
+
+    def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
+        return h.mean((3, 4)) if self.kind == "mean" else h.flatten(2)
+
+
+class Conv4(Backbone):
+    """Blocks of 3x3 convolution, batch norm and ReLU: sites `input, block1, ..., block4, feat, head`.
+
+    Args:
+        input_shape: (channels, height, width) of a picture.
+        outputs: width of the prediction; 0 leaves the head off.
+        width: filters in every block.
+        blocks: number of blocks.
+        downsample: `maxpool` (2x2, floor) or `stride` (2).
+        readout: `flatten`, or `mean` over the remaining pixels.
+        bn: whether the blocks have batch norm.
+        bn_affine: `full` (gamma and beta), `beta`, or `none`.
+        bn_affine_inner: whether inner loops adapt them.
+        bn_eps: added to the variance.
+        conv_bias: whether convolutions have a bias (of no effect before batch norm with batch statistics).
+        head_init: `xavier`, or `normal` (N(0, 1), as the code of Finn et al. for Omniglot).
+    """
+
+    def __init__(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        outputs: int,
+        width: int = 64,
+        blocks: int = 4,
+        downsample: Literal["maxpool", "stride"] = "maxpool",
+        readout: Literal["flatten", "mean"] = "flatten",
+        bn: bool = True,
+        bn_affine: Literal["full", "beta", "none"] = "full",
+        bn_affine_inner: bool = True,
+        bn_eps: float = 1e-5,
+        conv_bias: bool = True,
+        head_init: Literal["xavier", "normal"] = "xavier",
+    ):
+        stages: list[Stage] = []
+        shape = input_shape
+        options = {"downsample": downsample, "bn": bn, "bias": conv_bias, "affine": bn_affine, "eps": bn_eps}
+        for i in range(blocks):
+            stages.append(Block(f"block{i + 1}", shape, width, **options))
+            shape = stages[-1].shape
+        if 0 in shape:
+            raise ValueError(f"backbone.blocks = {blocks} leaves no pixel of a {input_shape[1]}x{input_shape[2]} picture")
+        stages.append(_Readout(shape, readout))
+        if outputs:
+            stages.append(Linear("head", stages[-1].shape[0], outputs))
+        super().__init__(stages, bn_affine_inner=bn_affine_inner)
+        self.head_init = head_init
+
+    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+        if name == "head.weight" and self.head_init == "normal":
+            parameter.normal_(generator=generator)
+        else:
+            super().initialize(name, parameter, generator)

@@ -1,0 +1,274 @@
+"""From a command line to cells: which runs it means, and the names under which their results are kept.
+
+Imports no torch. `metalearn`, `-m`, and whatever else needs the cells of a command, use `expand`.
+"""
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from metalearn.paths import conf_dir
+from metalearn.schema import GROUPS, BadInput, Key, fields_of, member_of, nearest, register, validate
+from metalearn.schema.groups import Run
+
+Config = dict[str, Any]
+CHOICES = (*GROUPS, "experiment", "dataset_algorithm")
+
+
+class Cell(NamedTuple):
+    """One run: its overrides (Hydra syntax), validated configuration, and names (12 hex digits each)."""
+
+    overrides: tuple[str, ...]
+    config: Config
+    cell_id: str
+    train_id: str
+    data_hash: str
+
+
+class Axis(NamedTuple):
+    """One key or group of the command line with all values it takes."""
+
+    name: str
+    values: tuple[str, ...]
+
+
+def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Cell]:
+    """All cells that a command line means, in order, without repetition.
+
+    Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too, except for keys that
+    the command line sets. In a sweep an axis that some member does not have is dropped for that member; an axis that
+    no member has is an error.
+
+    Args:
+        arguments: overrides in Hydra's syntax; those of `hydra` itself are passed over.
+        config_dirs: further folders with groups.
+
+    Raises:
+        BadInput: for a key, name, value or combination that cannot be.
+    """
+    axes = _axes([a for a in arguments if not _is_hydra(a)])
+    with _composer(config_dirs):
+        products = [{a.name: a.values for a in axes}]
+        if any(a.name == "experiment" for a in axes):
+            products = [p for e in _experiments(axes) for p in _with_grid(e, axes)]
+        cells, unused = {}, {name for p in products for name in p}
+        for product in products:
+            for chosen in itertools.product(*product.values()):
+                cell, dropped = _cell(dict(zip(product, chosen, strict=True)), sweep=_is_sweep(products))
+                unused -= set(product) - dropped
+                cells.setdefault(cell.cell_id, cell)
+        for name in sorted(unused):
+            raise BadInput(f"{name}: no member of this sweep has such a key")
+        return list(cells.values())
+
+
+def _is_sweep(products: list[dict[str, tuple[str, ...]]]) -> bool:
+    return len(products) > 1 or any(len(v) > 1 for p in products for v in p.values())
+
+
+def _is_hydra(argument: str) -> bool:
+    return argument.lstrip("+~").startswith(("hydra.", "hydra/"))
+
+
+def _axes(arguments: Sequence[str]) -> list[Axis]:
+    for argument in arguments:
+        if "=" not in argument and not argument.startswith("~"):
+            raise BadInput(f"'{argument}' is not key=value; see metalearn --help")
+    try:
+        overrides = OverridesParser.create().parse_overrides(list(arguments))
+    except HydraException as error:
+        raise BadInput(str(error).strip().splitlines()[0]) from None
+    axes: dict[str, Axis] = {}
+    for override in overrides:
+        if override.is_delete():
+            raise BadInput(f"{override.input_line}: keys cannot be deleted")
+        axes[override.key_or_group] = Axis(override.key_or_group, _values(override))
+    return list(axes.values())
+
+
+def _values(override: Override) -> tuple[str, ...]:
+    if not override.is_sweep_override():
+        return (override.get_value_element_as_str(),)
+    if not override.is_discrete_sweep():
+        raise BadInput(f"{override.input_line}: only lists of choices and ranges can be swept")
+    return tuple(str(v) for v in override.sweep_string_iterator())
+
+
+def _experiments(axes: list[Axis]) -> Iterable[str]:
+    return next(a.values for a in axes if a.name == "experiment")
+
+
+def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, ...]]]:
+    """The products of an experiment's grid, with the command line's axes in place of its own."""
+    given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
+    grid = _base((f"experiment={experiment}",)).get("grid") or [{}]
+    products = []
+    for block in grid:
+        own = {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
+        products.append({k: v for k, v in own.items() if k not in given} | given)
+    return products
+
+
+def _literal(value: Any) -> str:
+    """A yaml value in Hydra's override syntax."""
+    if OmegaConf.is_list(value):
+        return "[" + ",".join(_literal(v) for v in value) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+# ---- composing ---------------------------------------------------------------------------------------------------
+
+
+class _composer:
+    """Hydra's compose for the duration of a block, restoring whatever was initialised before."""
+
+    def __init__(self, config_dirs: Sequence[str]):
+        self.dirs = [str(Path(d).resolve()) for d in config_dirs]
+
+    def __enter__(self) -> None:
+        register()
+        self.before = GlobalHydra.instance().hydra
+        GlobalHydra.instance().clear()
+        initialize_config_dir(conf_dir(), version_base="1.3")
+        _search_path.clear()
+        _search_path.extend(self.dirs)
+        _base.cache_clear()
+
+    def __exit__(self, *_: object) -> None:
+        GlobalHydra.instance().clear()
+        GlobalHydra.instance().hydra = self.before
+
+
+_search_path: list[str] = []
+
+
+@lru_cache(maxsize=512)
+def _base(choices: tuple[str, ...]) -> DictConfig:
+    """The configuration of a choice of members, before any key is set."""
+    extra = ["hydra.searchpath=[" + ",".join(f"file://{d}" for d in _search_path) + "]"] if _search_path else []
+    for choice in choices:
+        group, name = choice.split("=", 1)
+        known = members(group, _search_path)
+        if name not in (*known, "null"):
+            raise BadInput(f"{group}={name}: no such {group}{nearest(name, known)}")
+    try:
+        return compose("config", overrides=[*choices, *extra])
+    except (HydraException, OmegaConfBaseException) as error:
+        raise BadInput(" ".join(str(error).split())[:300]) from None
+
+
+def members(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
+    """Names of the yaml files of a group."""
+    folders = [Path(d) / group for d in (conf_dir(), *config_dirs)]
+    found = {str(f.relative_to(d).with_suffix("")) for d in folders if d.is_dir() for f in d.rglob("*.yaml")}
+    return sorted(name.replace("\\", "/") for name in found)
+
+
+def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
+    """The cell of one point of a product, and the axes that it does not have."""
+    groups = tuple(f"{k}={v}" for k, v in chosen.items() if k in CHOICES)
+    for name in chosen:
+        if "/" in name or (name not in CHOICES and "." not in name and name not in fields_of(Run)):
+            raise BadInput(f"{name}: no such key or group{nearest(name, [*CHOICES, *fields_of(Run)])}")
+    base = _base(groups)
+    values = {k: v for k, v in chosen.items() if k not in CHOICES}
+    dropped = {k for k in values if not _has(base, k)}
+    for name in dropped:
+        if not sweep or name.split(".")[0] not in GROUPS:
+            raise BadInput(_no_such_key(base, name))
+    assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
+    config = validate(_resolve(base, assignments))
+    overrides = (*groups, *assignments)
+    return _named(overrides, config), dropped
+
+
+def _has(base: DictConfig, name: str) -> bool:
+    node: Any = base
+    for part in name.split("."):
+        if not OmegaConf.is_dict(node) or part not in node:
+            return False
+        node = node._get_node(part)
+    return True
+
+
+def _no_such_key(base: DictConfig, name: str) -> str:
+    group = name.split(".", 1)[0]
+    if group not in GROUPS:
+        return f"{name}: no such key{nearest(name, [*GROUPS, *fields_of(Run)])}"
+    keys = [f"{group}.{k}" for k in base[group] if k != "_target_"]
+    return f"{name}: no such key for {group}={base[group].get('name', group)}{nearest(name, keys)}"
+
+
+def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
+    """The composed configuration with values set, as plain data."""
+    config = OmegaConf.create(OmegaConf.to_container(base, resolve=False))
+    for override in OverridesParser.create().parse_overrides(list(assignments)):
+        OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+    with open_dict(config):
+        config.pop("grid", None)
+        config.pop("hydra", None)
+    try:
+        plain = OmegaConf.to_container(config, resolve=True)
+    except OmegaConfBaseException as error:
+        raise BadInput(str(error).splitlines()[0]) from None
+    assert isinstance(plain, dict)
+    return {str(k): v for k, v in plain.items()}
+
+
+def from_composed(config: DictConfig) -> Cell:
+    """The cell of a configuration that Hydra composed (as in a launcher's job)."""
+    return _named((), validate(_resolve(config, ())))
+
+
+# ---- names -------------------------------------------------------------------------------------------------------
+
+
+def _named(overrides: Sequence[str], config: Config) -> Cell:
+    data_hash = member_of("dataset", config["dataset"]).data_hash(config["dataset"])
+    train, test = identity(config, data_hash)
+    return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash)
+
+
+def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
+    """What names a run: the `train` and the `test` keys that differ from their declared defaults.
+
+    Epochs and targets of all members enter, and the data's content hash in place of its path.
+    """
+    found: dict[str, Config] = {"train": {"dataset.data": data_hash}, "test": {}, "none": {}}
+    for name, field in fields_of(Run).items():
+        _note(found, name, field.key, config[name], field.default)
+    for group in GROUPS:
+        schema, section = member_of(group, config[group]), config[group]
+        if "_target_" in section:
+            found["train"][f"{group}._target_"] = section["_target_"]
+        found["train"][f"{group}.epoch"] = schema.epoch
+        for name, field in fields_of(schema).items():
+            if name != "root":
+                _note(found, f"{group}.{name}", field.key, section[name], field.default)
+    return found["train"], found["test"]
+
+
+def _note(found: dict[str, Config], path: str, key: Key, value: Any, default: Any) -> None:
+    if value != default:
+        found[key.touches][path] = value
+
+
+def _hash(value: Any) -> str:
+    return config_hash(value)[:12]
+
+
+def config_hash(value: Any) -> str:
+    """sha256 of the canonical JSON of plain data, 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

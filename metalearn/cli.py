@@ -1,0 +1,153 @@
+"""The command line: bad input and help are dealt with before Hydra runs anything and before torch is imported."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+import warnings
+from typing import Any
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from metalearn import cells, sweeper
+from metalearn.help import usage
+from metalearn.ledger import Busy, CellDir
+from metalearn.paths import conf_dir
+from metalearn.schema import BadInput
+from metalearn.schema import register as register_schemas
+
+DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+
+
+def main() -> None:
+    """Run what the command line asks for and exit: 0 done, 2 bad input, 3 diverged, 1 anything else."""
+    register_schemas()
+    sweeper.register()
+    warnings.formatwarning = lambda message, category, *_: f"metalearn: {category.__name__}: {message}\n"
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    try:
+        sys.exit(_main(sys.argv[1:]))
+    except BadInput as error:
+        print(f"metalearn: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _main(arguments: list[str]) -> int:
+    if arguments and arguments[0] in ("--help", "-h"):
+        print(usage(arguments[1:]))
+        return DONE
+    parsed, unknown = get_args_parser().parse_known_args(arguments)
+    overrides = [*parsed.overrides, *unknown]
+    for argument in unknown:
+        raise BadInput(f"{argument}: no such option; see metalearn --help")
+    dirs = sweeper.CONFIG_DIRS[:] = [parsed.config_dir] if parsed.config_dir else []
+    if parsed.hydra_help or parsed.shell_completion or parsed.info:
+        return _hydra(arguments)
+    found = cells.expand(overrides, dirs)
+    if parsed.cfg:
+        return _hydra(arguments)
+    many = parsed.multirun or len(found) > 1
+    if many and not parsed.multirun:
+        _only_experiments_sweep(overrides)
+        arguments = ["--multirun", *arguments]
+    pending = sweeper.unfinished(found)
+    for cell in found:
+        if cell not in pending and not many:
+            _show(cell, "already finished; rerun=true runs it again")
+    if many:
+        print(f"{len(found)} cells, {len(found) - len(pending)} of them finished", file=sys.stderr)
+    if pending:
+        _hydra(arguments)
+    if many:
+        _summary(found)
+    return _exit_code(found)
+
+
+def _only_experiments_sweep(overrides: list[str]) -> None:
+    if not any(o.startswith("experiment=") for o in overrides):
+        swept = next(o for o in overrides if "," in o)
+        raise BadInput(f"{swept}: several values need -m (a sweep)")
+
+
+def _hydra(arguments: list[str]) -> int:
+    sys.argv[1:] = arguments
+    hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+    return DONE
+
+
+def _task(config: DictConfig) -> str | None:
+    """Hydra's task function: run the cell that a composed configuration means."""
+    cell = cells.from_composed(config)
+    directory = CellDir(cell.config["output_dir"], cell.cell_id)
+    leader = _is_leader()
+    try:
+        if leader:
+            directory.acquire()
+    except Busy as busy:
+        print(f"metalearn: {busy}", file=sys.stderr)
+        return None
+    try:
+        if leader and directory.result is not None:
+            if not cell.config["rerun"]:
+                return "done"
+            directory.archive()
+        from metalearn.run import run
+
+        state = run(cell)
+        if leader:
+            _show(cell)
+        return state
+    except Exception as error:  # one failed cell must not stop the others; status.json says why it failed
+        traceback.print_exc()
+        print(f"metalearn: cell {cell.cell_id} failed: {error}", file=sys.stderr)
+        return None
+    finally:
+        if leader:
+            directory.release()
+
+
+def _is_leader() -> bool:
+    from os import environ
+
+    return int(next((environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in environ), 0)) == 0
+
+
+def _show(cell: cells.Cell, note: str = "") -> None:
+    from metalearn.record import table
+
+    directory = CellDir(cell.config["output_dir"], cell.cell_id)
+    result = directory.result
+    if result is not None:
+        print(table(result, directory) + (f"\n{note}" if note else ""), flush=True)
+
+
+def _states(found: list[cells.Cell]) -> list[str]:
+    states = []
+    for cell in found:
+        directory = CellDir(cell.config["output_dir"], cell.cell_id)
+        result: dict[str, Any] | None = directory.result
+        states.append(result["status"] if result else directory.status.get("state", "not started"))
+    return states
+
+
+def _summary(found: list[cells.Cell]) -> None:
+    for cell, state in zip(found, _states(found), strict=True):
+        directory = CellDir(cell.config["output_dir"], cell.cell_id)
+        headline = ""
+        if state == "done":
+            metrics = (directory.result or {})["metrics"]
+            name = next(n for n in metrics if "@" not in n)
+            headline = f"{name} {metrics[name]['mean']:.4f} +- {metrics[name]['ci95']:.4f}"
+        else:
+            headline = directory.status.get("error") or ""
+        print(f"{cell.cell_id}  {state:<11}  {headline:<28}  {' '.join(cell.overrides)}")
+
+
+def _exit_code(found: list[cells.Cell]) -> int:
+    states = set(_states(found))
+    if states - {"done", "diverged"}:
+        return OTHER
+    return DIVERGED if "diverged" in states else DONE

@@ -1,0 +1,124 @@
+"""Episodes for training and evaluation, as Lightning's data module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytorch_lightning as pl
+import torch
+
+from metalearn.datasets.base import Dataset, Split
+from metalearn.episode import MetaBatch
+from metalearn.random import Key, TaskKey
+from metalearn.samplers import Uniform
+
+BLOCK = 32  # meta-steps whose draws are made together; changes no draw
+
+
+class Episodes(pl.LightningDataModule):
+    """Training meta-batches that start at the learner's own counter, and frozen evaluation episodes.
+
+    Args:
+        dataset: source of tasks.
+        sampler: which tasks form a meta-batch.
+        meta_batch_size: tasks of a meta-step over all ranks.
+        max_steps: meta-steps of the run.
+        val_every: meta-steps between validations; 0 for none.
+        val_episodes, test_episodes: numbers of frozen episodes.
+        seed: of training draws; evaluation_seed: of frozen episodes.
+        per_call: meta-steps in one batch for Lightning.
+        dtype: of inputs and real targets.
+        eval_batch: frozen episodes fetched at once.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Uniform,
+        *,
+        meta_batch_size: int,
+        max_steps: int,
+        val_every: int,
+        val_episodes: int,
+        test_episodes: int,
+        seed: int,
+        evaluation_seed: int,
+        per_call: int = 1,
+        dtype: torch.dtype = torch.float32,
+        eval_batch: int = 32,
+    ):
+        super().__init__()
+        self.dataset, self.sampler, self.dtype = dataset, sampler, dtype
+        self.meta_batch_size, self.max_steps, self.val_every = meta_batch_size, max_steps, val_every
+        self.frozen = {"val": val_episodes, "test": test_episodes}
+        self.train_key, self.evaluation_key = Key(seed, "train"), Key(evaluation_seed, "evaluation")
+        self.per_call, self.eval_batch = per_call, eval_batch
+        self.start = 0
+
+    def _ranks(self) -> tuple[int, int]:
+        trainer = self.trainer
+        return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def train_dataloader(self) -> TrainStream:
+        """The meta-batches up to the next validation, each time it is iterated."""
+        return TrainStream(self)
+
+    def val_dataloader(self) -> FrozenStream:
+        return FrozenStream(self, "val")
+
+    def test_dataloader(self) -> FrozenStream:
+        return FrozenStream(self, "test")
+
+    def training(self, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
+        """The meta-batches of meta-steps first..last-1 on one rank."""
+        tasks = self.sampler.tasks(self.meta_batch_size, rank, world)
+        for low in range(first, last, BLOCK):
+            steps = torch.arange(low, min(low + BLOCK, last))
+            draws = self.dataset.draw("train", self.train_key, steps[:, None], tasks[None, :])
+            for i, step in enumerate(steps.tolist()):
+                episodes = self.dataset.fetch("train", {k: v[i] for k, v in draws.items()}).to(self.dtype)
+                key = TaskKey(self.train_key.sub("learner"), torch.full_like(tasks, step), tasks)
+                yield MetaBatch(step, self.meta_batch_size, episodes, key)
+
+    def evaluation(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
+        """The frozen episodes of a split on one rank (every world-th), in stacks of `eval_batch`."""
+        key = self.evaluation_key.sub(split)
+        every = torch.arange(rank, self.frozen[split], world)
+        for index in every.split(self.eval_batch):
+            zero = torch.zeros_like(index)
+            episodes = self.dataset.fetch(split, self.dataset.draw(split, key, index, zero)).to(self.dtype)
+            yield MetaBatch(0, self.frozen[split], episodes, TaskKey(key.sub("learner"), index, zero))
+
+
+class TrainStream:
+    """Batches for Lightning from the learner's meta-step to the next validation (one Lightning epoch)."""
+
+    def __init__(self, data: Episodes):
+        self.data = data
+
+    def __iter__(self) -> Iterator[list[MetaBatch]]:
+        data = self.data
+        first = data.start
+        last = min(data.max_steps, (first // data.val_every + 1) * data.val_every if data.val_every else data.max_steps)
+        data.start = last
+        pending: list[MetaBatch] = []
+        for batch in data.training(first, last, *data._ranks()):
+            pending.append(batch)
+            if len(pending) == data.per_call or batch.step == last - 1:
+                yield pending
+                pending = []
+
+
+class FrozenStream:
+    """Frozen episodes for Lightning."""
+
+    def __init__(self, data: Episodes, split: Split):
+        self.data, self.split = data, split
+
+    def __len__(self) -> int:
+        rank, world = self.data._ranks()
+        mine = len(range(rank, self.data.frozen[self.split], world))
+        return -(-mine // self.data.eval_batch)
+
+    def __iter__(self) -> Iterator[MetaBatch]:
+        return self.data.evaluation(self.split, *self.data._ranks())

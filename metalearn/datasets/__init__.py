@@ -1,0 +1,1 @@
+"""Sources of few-shot tasks."""

@@ -1,0 +1,176 @@
+"""Inner loops as functions of functions: gradient descent with its own adjoint, and tools around it.
+
+A loss here maps `(phi, context)` to one value per task, `[B]`. Tasks are independent, so the gradient of the sum over
+tasks holds every task's own gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.utils import _pytree as pytree
+
+from metalearn.episode import Params
+
+Loss = Callable[[Params, Any], Tensor]
+Trajectory = list[Params]
+"""Parameters after 0, 1, ..., K steps."""
+
+
+def per_task(params: Params, tasks: int, shapes: dict[str, torch.Size]) -> Params:
+    """Give every leaf a task axis: shared leaves (of the shape in `shapes`) are expanded, others kept."""
+    return {k: p.expand(tasks, *p.shape) if p.dim() == len(shapes[k]) else p for k, p in params.items()}
+
+
+def gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:
+    """d sum(loss) / d params; zeros for a parameter that the loss does not touch."""
+    leaves = list(params.values())
+    grads = torch.autograd.grad(loss.sum(), leaves, create_graph=create_graph, materialize_grads=True)
+    return dict(zip(params, grads, strict=True))
+
+
+def gradient_descent(
+    loss: Loss,
+    start: Params,
+    context: Any,
+    lr: float | Tensor | Params,
+    steps: int,
+    *,
+    first_order: bool = False,
+    remember: bool = True,
+) -> Trajectory:
+    """phi <- phi - lr grad L(phi, context), `steps` times; differentiable in start, context and lr.
+
+    The derivative is the adjoint recursion v <- v - H (lr v), one Hessian-vector product a step, instead of a graph
+    through all steps. Everything that may need a gradient must come in through `start`, `context` or `lr`: a tensor
+    that `loss` captures is a constant. The result can be differentiated once; `unrolled` can be any number of times.
+
+    Args:
+        loss: maps (phi, context) to `[B]`, one value per task.
+        start: leaves `[B, *shape]`.
+        context: any nested structure of tensors that `loss` needs besides phi.
+        lr: step size: a number, a tensor that broadcasts against every leaf, or one for each leaf (Meta-SGD).
+        steps: number of steps K >= 0.
+        first_order: treat inner gradients as constants (FOMAML): d phi_K / d start = I, none for the context.
+        remember: keep each step's graph for the adjoint; False recomputes it (memory constant in K, one more
+            forward and backward pass of the support set a step).
+
+    Returns:
+        The parameters after 0, 1, ..., K steps.
+    """
+    rates = lr if isinstance(lr, dict) else dict.fromkeys(start, lr)
+    context_leaves, structure = pytree.tree_flatten(context)
+    rate_leaves = [rates[k] for k in start]
+    call = _Descent(loss, list(start), structure, steps, first_order, remember)
+    out = _GradientDescent.apply(call, *start.values(), *rate_leaves, *context_leaves)
+    phis = [dict(zip(start, out[i : i + len(start)], strict=True)) for i in range(0, len(out), len(start))]
+    return [start, *phis]
+
+
+def unrolled(
+    loss: Loss, start: Params, context: Any, lr: float | Tensor | Params, steps: int, *, first_order: bool = False
+) -> Trajectory:
+    """`gradient_descent` by ordinary automatic differentiation through all steps: its oracle, slower."""
+    trajectory = [start]
+    for _ in range(steps):
+        phi = trajectory[-1]
+        if not any(p.requires_grad for p in phi.values()):
+            phi = {k: p.detach().requires_grad_() for k, p in phi.items()}
+        with torch.enable_grad():
+            g = gradient(loss(phi, context), phi, create_graph=not first_order)
+            trajectory.append({k: p - (lr[k] if isinstance(lr, dict) else lr) * g[k] for k, p in phi.items()})
+    return trajectory
+
+
+class _Descent:
+    """The constants of one `gradient_descent` call."""
+
+    def __init__(
+        self, loss: Loss, names: list[str], structure: Any, steps: int, first_order: bool, remember: bool
+    ):
+        self.loss, self.names, self.structure, self.steps = loss, names, structure, steps
+        self.first_order, self.remember = first_order, remember
+
+    def gradient(self, phi: Sequence[Tensor], context: Sequence[Any], graph: bool) -> tuple[Tensor, ...]:
+        """Inner gradients at phi (whose leaves require gradients)."""
+        with torch.enable_grad():
+            value = self.loss(dict(zip(self.names, phi, strict=True)), pytree.tree_unflatten(context, self.structure))
+            return torch.autograd.grad(value.sum(), phi, create_graph=graph, materialize_grads=True)
+
+
+class _GradientDescent(Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Descent, *leaves: Any) -> tuple[Tensor, ...]:
+        n = len(call.names)
+        wanted = ctx.needs_input_grad[1:]
+        adjoint = any(wanted) and not call.first_order
+        rates = [r.detach() if isinstance(r, Tensor) else r for r in leaves[n : 2 * n]]
+        context = [
+            c.detach().requires_grad_(w and adjoint) if isinstance(c, Tensor) else c
+            for c, w in zip(leaves[2 * n :], wanted[2 * n :], strict=True)
+        ]
+        phi, steps, out = [p.detach() for p in leaves[:n]], [], []
+        for _ in range(call.steps):
+            at = [p.detach().requires_grad_() for p in phi]
+            grads = call.gradient(at, context, graph=adjoint and call.remember)
+            phi = [p - r * g.detach() for p, r, g in zip(phi, rates, grads, strict=True)]
+            keep = any(wanted) and (call.remember or call.first_order)
+            steps.append((at, grads if keep else None))
+            out += phi
+        if any(wanted):
+            ctx.call, ctx.steps, ctx.rates, ctx.context, ctx.adjoint = call, steps, rates, context, adjoint
+        ctx.set_materialize_grads(False)
+        return tuple(out)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *incoming: Tensor | None) -> Any:
+        call, rates, n = ctx.call, ctx.rates, len(ctx.call.names)
+        wanted = ctx.needs_input_grad[1:]
+        inputs = [c for c, w in zip(ctx.context, wanted[2 * n :], strict=True) if w and ctx.adjoint]
+        v: list[Any] = [None] * n
+        to_rates: list[Any] = [None] * n
+        to_inputs: list[Any] = [None] * len(inputs)
+        while ctx.steps:
+            k = len(ctx.steps) - 1
+            at, grads = ctx.steps.pop()  # frees the step's graph when this iteration ends
+            v = _add(v, incoming[k * n : (k + 1) * n])
+            if all(x is None for x in v):
+                continue
+            v = [torch.zeros_like(p) if x is None else x for x, p in zip(v, at, strict=True)]
+            if grads is None:
+                grads = call.gradient(at, ctx.context, graph=ctx.adjoint)
+            if any(wanted[n : 2 * n]):
+                to_rates = _add(to_rates, [_rate_gradient(g, x, r) for g, x, r in zip(grads, v, rates, strict=True)])
+            if ctx.adjoint:
+                pulled = _pull_back(grads, [-(r * x) for r, x in zip(rates, v, strict=True)], [*at, *inputs])
+                v, to_inputs = _add(v, pulled[:n]), _add(to_inputs, pulled[n:])
+        pending = iter(to_inputs)
+        to_context = [next(pending) if w and ctx.adjoint else None for w in wanted[2 * n :]]
+        to_rates = [x if w else None for x, w in zip(to_rates, wanted[n : 2 * n], strict=True)]
+        return None, *v, *to_rates, *to_context
+
+
+def _add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
+    return [y if x is None else x if y is None else x + y for x, y in zip(a, b, strict=True)]
+
+
+def _rate_gradient(g: Tensor, v: Tensor, rate: Any) -> Tensor | None:
+    return -(g.detach() * v).sum_to_size(rate.shape) if isinstance(rate, Tensor) else None
+
+
+def _pull_back(grads: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    """Vector-Jacobian product of the inner gradients; None where an input has no influence."""
+    live = [(g, c) for g, c in zip(grads, cotangents, strict=True) if g.requires_grad]
+    if not live:
+        return (None,) * len(inputs)
+    outputs, weights = zip(*live, strict=True)
+    return torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+
+
+def surrogate(value: Tensor, params: Params, grads: Params) -> Tensor:
+    """`[B]` equal to `value`, whose gradient in `params` (leaves `[B, *shape]`) is `grads`."""
+    terms = [((p - p.detach()) * grads[k].detach()).flatten(1).sum(1) for k, p in params.items()]
+    return value.detach() + torch.stack(terms).sum(0)

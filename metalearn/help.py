@@ -1,0 +1,53 @@
+"""Help made from the schemas: every group, member and key with its type, default and range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metalearn.cells import members
+from metalearn.schema import GROUPS, MEMBERS, BadInput, fields_of, nearest
+from metalearn.schema.groups import Run
+from metalearn.schema.keys import Field, _type_name
+from metalearn.schema.registry import SINGLE
+
+INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episodes, keep the result.
+
+  metalearn [group=member] [key=value] ...      one run
+  metalearn -m key=a,b group=x,y ...            a sweep over the product
+  metalearn experiment=<paper>/<id>             a prepared sweep
+  metalearn --cfg job [...]                     print the whole composed configuration
+  metalearn --help <group>                      the keys of a group
+
+groups and their members:"""
+
+
+def usage(arguments: Sequence[str] = ()) -> str:
+    """The overview, or the keys of one group."""
+    if arguments:
+        return _group(arguments[0])
+    lines = [INTRO]
+    for group in (*GROUPS, "experiment"):
+        lines.append(f"  {group:<12} {', '.join(members(group)) or '(none yet)'}")
+    lines += ["", "keys outside all groups:", *_keys("", fields_of(Run))]
+    lines.append("\nexit codes: 0 done, 2 bad input, 3 diverged (recorded), 1 anything else")
+    return "\n".join(lines)
+
+
+def _group(group: str) -> str:
+    if group not in GROUPS:
+        raise BadInput(f"{group}: no such group{nearest(group, GROUPS)}")
+    if group in SINGLE:
+        return "\n".join(_keys(f"{group}.", fields_of(SINGLE[group])))
+    blocks = []
+    for target, schema in MEMBERS[group].items():
+        blocks.append(f"{target}\n" + "\n".join(_keys(f"{group}.", fields_of(schema))))
+    return "\n\n".join(blocks)
+
+
+def _keys(prefix: str, fields: dict[str, Field]) -> list[str]:
+    lines = []
+    for name, field in fields.items():
+        bound = f", {field.key.bound()}" if field.key.bound() else ""
+        default = "required" if field.key.required else f"default {'null' if field.default is None else field.default}"
+        lines.append(f"  {prefix}{name:<24} {field.key.doc}\n      {_type_name(field.type)}{bound}; {default}")
+    return lines

@@ -1,0 +1,287 @@
+"""The one base class of all meta-algorithms: pure methods on tensors, and the meta-step that uses them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Literal
+
+import pytorch_lightning as pl
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from metalearn.backbones import Backbone
+from metalearn.bn import RunningStatistics, task_mean
+from metalearn.bn import predict as bn_predict
+from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
+from metalearn.functional import Trajectory
+from metalearn.meta_gradient import MetaGradient, meta_gradient
+from metalearn.ops import Normalization
+from metalearn.optim import OuterOptimizer, clip_
+from metalearn.random import Key, TaskKey
+from metalearn.regularizers import Regularizer
+
+When = Literal["inner", "query"]
+
+
+class Diverged(RuntimeError):
+    """A loss or gradient stopped being finite; the message names meta-step, task and inner rate."""
+
+
+class MetaLearner(pl.LightningModule, ABC):
+    """A map from a support set to a predictor, and how its meta-parameters are learned.
+
+    An algorithm implements `adapt` and overrides one to three other methods. All of them take the task axis B first
+    and loop over nothing.
+
+    Args:
+        net: the network; its parameters become `theta["net"]`.
+        kind: `classification` (cross-entropy) or `regression` (mean squared error, no factor 1/2).
+        regularizer: acts at the hooks of `metalearn.regularizers`; None for none.
+        inner_steps, test_steps: steps of adaptation in training and in validation and test.
+        inner_loss_reduction: `mean` over examples, or `sum_over_shots`: the sum divided by the shots, which is N
+            times the mean (the code of Finn et al.); classification only.
+        chunk_bytes: activations of one chunk of tasks; bounds memory, changes nothing but rounding.
+        seed: of every training draw.
+    """
+
+    needs_head: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+
+    def __init__(
+        self,
+        *,
+        net: Backbone,
+        kind: Literal["classification", "regression"],
+        regularizer: Regularizer | None = None,
+        inner_steps: int = 0,
+        test_steps: int = 0,
+        inner_loss_reduction: Literal["mean", "sum_over_shots"] = "mean",
+        chunk_bytes: int = 32 * 2**20,
+        seed: int = 0,
+    ):
+        super().__init__()
+        self.net, self.kind, self.regularizer = net, kind, regularizer or Regularizer()
+        self.inner_steps, self.test_steps = inner_steps, test_steps
+        self.inner_loss_reduction = inner_loss_reduction
+        self.chunk_bytes, self.seed = chunk_bytes, seed
+        self.running = RunningStatistics(net)
+        self.shapes = net.shapes()
+        self.meta_steps = 0
+        self.rate = 0.0
+        self.optimizer_state: dict[str, Any] | None = None
+        self.automatic_optimization = False
+        self.watch(["batch"], "headline")
+
+    # ---- what an algorithm defines -------------------------------------------------------------------------------
+
+    @abstractmethod
+    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
+        """Task parameters phi after 0, 1, ..., `steps` steps on the support sets, leaves `[B, *shape]`."""
+
+    def predict(
+        self, theta: Theta, phi: Params, x: Tensor, *, support: Examples, bn: str, record: Normalization | None = None
+    ) -> Tensor:
+        """Outputs `[B, n, outputs]` for the inputs x `[B, n, *input]` of tasks with parameters phi.
+
+        Args:
+            theta: meta-parameters; those that phi does not replace are used as they are.
+            phi: adapted parameters.
+            x: inputs.
+            support: the tasks' support sets, for the batch-norm modes that need them.
+            bn: `batch`, `support_plus_one`, `support_only` or `running` (contract: batch norm).
+            record: filled with the batch statistics of this pass (mode `batch` only).
+        """
+
+        def forward(z: Tensor, norm: Normalization) -> Tensor:
+            return self.run_net(theta["net"] | phi, z, when="query", norm=norm)
+
+        return bn_predict(forward, x, support.x, bn, self.running.statistics(), record)
+
+    def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
+        """Default: the query loss of the adapted parameters, with batch statistics."""
+        phi = self.adapt(theta, episodes.support, steps=self.inner_steps, key=key)[-1]
+        norm = Normalization(record=True)
+        prediction = self.predict(
+            theta, phi, episodes.query.x, support=episodes.support, bn="batch", record=norm
+        )
+        loss = self.loss(prediction, episodes.query.y)
+        return TaskOutput(loss, prediction, phi, {}, norm.seen, {})
+
+    def outer(self, theta: Theta, episodes: Episode, out: TaskOutput) -> Tensor:
+        """The outer objective from all tasks' outputs: their mean."""
+        return out.loss.mean()
+
+    def updates(self, batch: MetaBatch) -> list[MetaBatch]:
+        """The outer updates that one meta-step makes, in order: one over all its tasks."""
+        return [batch]
+
+    def absorb(self, state: dict[str, Any]) -> None:
+        """Keep what a meta-step leaves in the learner's state (task means of `TaskOutput.state`)."""
+
+    # ---- shared pieces -------------------------------------------------------------------------------------------
+
+    def theta(self) -> Theta:
+        """All meta-parameters, grouped by the attribute that owns them."""
+        groups: Theta = {}
+        for name, parameter in self.named_parameters():
+            group, rest = name.split(".", 1)
+            groups.setdefault(group, {})[rest] = parameter
+        return groups
+
+    def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """`[B]`: mean cross-entropy of logits `[B, n, N]`, or mean squared error of `[B, n, outputs]`."""
+        if self.kind == "regression":
+            return (prediction - y).square().flatten(1).mean(1)
+        flat = F.cross_entropy(prediction.flatten(0, 1), y.flatten(), reduction="none")
+        return flat.unflatten(0, y.shape).mean(1)
+
+    def inner_loss(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """`[B]`: the loss that inner loops descend, see `inner_loss_reduction`."""
+        value = self.loss(prediction, y)
+        return value * prediction.shape[-1] if self.inner_loss_reduction == "sum_over_shots" else value
+
+    def metric(self, prediction: Tensor, y: Tensor) -> Tensor:
+        """`[B]`: accuracy (a fraction), or mean squared error in the target's units squared."""
+        if self.kind == "regression":
+            return self.loss(prediction, y)
+        return (prediction.argmax(-1) == y).float().mean(1)
+
+    @property
+    def metric_name(self) -> str:
+        """Name of `metric` in results."""
+        return "mse" if self.kind == "regression" else "accuracy"
+
+    def run_net(
+        self,
+        params: Params,
+        h: Tensor,
+        *,
+        when: When,
+        start: str = "input",
+        stop: str | None = None,
+        norm: Normalization | None = None,
+    ) -> Tensor:
+        """The network between two sites, with the regularizer's feature hook at each site."""
+        on_site = None
+        if self.regularizer.overrides("features"):
+            on_site = lambda value, site: self.regularizer.features(value, site, when)  # noqa: E731
+        return self.net.run(params, h, start, stop, norm=norm, on_site=on_site)
+
+    def chunks(self, episodes: Episode) -> list[slice]:
+        """Equal ranges of tasks whose activations stay below `chunk_bytes` each (at least one task)."""
+        n = max(episodes.support.x.shape[1], episodes.query.x.shape[1])
+        fits = max(1, self.chunk_bytes // max(1, self.net.activation_bytes(n)))
+        count = -(-episodes.tasks // fits)
+        bounds = [i * episodes.tasks // count for i in range(count + 1)]
+        return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    # ---- the meta-step -------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The outer optimizer, built by the attached `OuterOptimizer`."""
+        return self.outer_optimizer.build(list(self.parameters()))
+
+    def attach(self, optimizer: OuterOptimizer, max_steps: int) -> None:
+        """Say how theta is updated, and over how many meta-steps schedules run."""
+        self.outer_optimizer, self.max_steps = optimizer, max_steps
+
+    def meta_step(self, batch: MetaBatch, optimizer: torch.optim.Optimizer) -> MetaGradient:
+        """One outer update (or the updates of `updates`), and the gradient of the last of them."""
+        for part in self.updates(batch):
+            result = meta_gradient(self, part)
+            self._guard(result, part)
+            for parameter, grad in zip(self.parameters(), result.grads, strict=True):
+                parameter.grad = grad
+            clip_(list(result.grads), self.outer_optimizer)
+            self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
+            for group in optimizer.param_groups:
+                group["lr"] = self.rate
+            optimizer.step()
+            self.running.absorb(result.seen)
+            self.absorb(result.state)
+        self.meta_steps += 1
+        return result
+
+    def _guard(self, result: MetaGradient, batch: MetaBatch) -> None:
+        """Refuse to update theta from a loss or gradient that is not finite."""
+        if result.finite:
+            return
+        bad = (~torch.isfinite(result.loss)).nonzero().flatten().tolist()
+        tasks = [int(batch.key.task[i]) for i in bad]
+        what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if bad else "outer gradient"
+        rate = getattr(self, "alpha", None)
+        alpha = "" if rate is None else f", algorithm.alpha = {rate}"
+        raise Diverged(f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}")
+
+    def training_step(self, batch: list[MetaBatch], batch_idx: int) -> None:
+        """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        assert isinstance(optimizer, torch.optim.Optimizer)
+        losses = [self.meta_step(part, optimizer).loss.mean() for part in batch]
+        self.train_loss = torch.stack(losses).mean()
+
+    def on_train_start(self) -> None:
+        """Lightning's hook: continue with the optimizer state of a resumed run."""
+        if self.optimizer_state is not None:
+            optimizer = self.optimizers(use_pl_optimizer=False)
+            assert isinstance(optimizer, torch.optim.Optimizer)
+            optimizer.load_state_dict(self.optimizer_state)
+            self.optimizer_state = None
+
+    # ---- evaluation ----------------------------------------------------------------------------------------------
+
+    def watch(self, modes: list[str], steps: str) -> None:
+        """Say what validation and test score: see `evaluation.bn_modes` and `evaluation.steps`."""
+        every, last = list(range(self.test_steps + 1)), [-1]
+        first = every if steps in ("headline", "all") else last
+        self.val_points = {modes[0]: last}
+        self.test_points = {bn: first if i == 0 else every if steps == "all" else last for i, bn in enumerate(modes)}
+
+    def validation_step(self, batch: MetaBatch, batch_idx: int) -> Any:
+        """Lightning's hook: scores of frozen validation episodes."""
+        return self.evaluate(batch, self.val_points)
+
+    def test_step(self, batch: MetaBatch, batch_idx: int) -> Any:
+        """Lightning's hook: scores of frozen test episodes."""
+        return self.evaluate(batch, self.test_points)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Lightning's hook: episodes are fetched on the device already."""
+        return batch
+
+    def evaluate(self, batch: MetaBatch, points: dict[str, list[int]]) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        """Adapt to frozen tasks and score them; theta is not changed and no graph is kept.
+
+        Args:
+            batch: tasks with the coordinates that their draws are made by.
+            points: for each batch-norm mode the numbers of steps to score; negative counts from the last.
+
+        Returns:
+            (mode, step) -> (metric `[B]`, loss `[B]`).
+        """
+        theta = {group: {k: p.detach() for k, p in params.items()} for group, params in self.theta().items()}
+        parts: list[dict[tuple[str, int], tuple[Tensor, Tensor]]] = []
+        for chunk in self.chunks(batch.episodes):
+            with torch.no_grad():
+                parts.append(self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points))
+        return {point: (torch.cat([p[point][0] for p in parts]), torch.cat([p[point][1] for p in parts])) for point in parts[0]}
+
+    def _score(
+        self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]
+    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+        trajectory = self.adapt(theta, episodes.support, steps=self.test_steps, key=key)
+        scores = {}
+        for bn, steps in points.items():
+            for step in sorted({range(len(trajectory))[s] for s in steps if -len(trajectory) <= s < len(trajectory)}):
+                prediction = self.predict(theta, trajectory[step], episodes.query.x, support=episodes.support, bn=bn)
+                y = episodes.query.y
+                scores[bn, step] = self.metric(prediction, y), self.loss(prediction, y)
+        return scores
+
+    def initialize(self, seed: int) -> None:
+        """Draw the initial meta-parameters from the run's seed."""
+        self.net.reset(Key(seed, "init"))
+
+
+__all__ = ["Diverged", "MetaLearner", "task_mean"]

@@ -1,0 +1,182 @@
+"""One cell on disk: its state, and files that are whole or not there (contract, section 3). Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+HEARTBEAT_SECONDS = 10.0
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a file that is either the old or the new one, whatever happens."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically; NaN and infinity are refused."""
+    write_atomically(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> Any:
+    """The file's content, or None where there is no such (whole) file."""
+    try:
+        return json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+        return None
+
+
+class Busy(RuntimeError):
+    """Another process is working on the cell."""
+
+
+class CellDir:
+    """`<output_dir>/runs/<cell_id>/`, its state and its lock.
+
+    Only the holder of the lock (one process, released by the kernel when it dies) writes; anyone may read.
+    """
+
+    def __init__(self, output_dir: str | Path, cell_id: str):
+        self.output = Path(output_dir)
+        self.path = self.output / "runs" / cell_id
+        self.cell_id = cell_id
+        self._status: dict[str, Any] = {}
+        self._beat = 0.0
+        self._lock = FileLock(self.output / "locks" / f"{cell_id}.lock")
+
+    @property
+    def result(self) -> dict[str, Any] | None:
+        """The finished result, if there is one."""
+        return read_json(self.path / "result.json")
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What status.json says; empty for a cell that was never started."""
+        return read_json(self.path / "status.json") or {}
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            Busy: if another process holds it.
+        """
+        Path(self._lock.lock_file).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            status = self.status
+            raise Busy(
+                f"cell {self.cell_id} is being run by process {status.get('pid')} on {status.get('host')} "
+                f"(attempt {status.get('attempt')})"
+            ) from None
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+    def start(self, config: dict[str, Any], train_id: str) -> int:
+        """Begin an attempt and return its number, from 1."""
+        attempt = self.status.get("attempt", 0) + 1
+        self._status = {
+            "state": "running",
+            "cell_id": self.cell_id,
+            "train_id": train_id,
+            "attempt": attempt,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "started": now(),
+            "error": None,
+        }
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.beat(force=True)
+        return attempt
+
+    def beat(self, *, force: bool = False, **progress: Any) -> None:
+        """Say that the attempt lives (at most every ten seconds unless forced)."""
+        if force or time.monotonic() - self._beat > HEARTBEAT_SECONDS:
+            self._beat = time.monotonic()
+            self._status |= {"heartbeat": now(), **progress}
+            write_json(self.path / "status.json", self._status)
+
+    def finish(self, state: str, error: str | None = None) -> None:
+        """Record how the attempt ended: done, diverged, failed or killed."""
+        self._status |= {"state": state, "error": error}
+        self.beat(force=True)
+
+    def archive(self) -> None:
+        """Move everything of a finished run beside the new one, into `old/<n>/`."""
+        number = 1 + max((int(p.name) for p in self.path.glob("old/*") if p.name.isdigit()), default=0)
+        target = self.path / "old" / str(number)
+        target.mkdir(parents=True)
+        names = sorted(p.name for p in self.path.iterdir() if p.name != "old")
+        for name in sorted(names, key=lambda n: n != "result.json"):  # the done marker goes first
+            os.replace(self.path / name, target / name)
+
+
+class Checkpoints:
+    """Two generations of each kind of checkpoint, listed with their hashes in `<kind>.json`."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def save(self, kind: str, step: int, write: Callable[[Any], None]) -> None:
+        """Write a generation, then the list, then drop what the list no longer names."""
+        buffer = io.BytesIO()
+        write(buffer)
+        data = buffer.getvalue()
+        entry = {"file": f"{kind}-{step:08d}.ckpt", "step": step, "sha256": hashlib.sha256(data).hexdigest()}
+        write_atomically(self.folder / entry["file"], data)
+        old = [e for e in self.generations(kind) if e["file"] != entry["file"]]
+        write_json(self.folder / f"{kind}.json", [entry, *old[:1]])
+        for stale in old[1:]:
+            (self.folder / stale["file"]).unlink(missing_ok=True)
+
+    def generations(self, kind: str) -> list[dict[str, Any]]:
+        """Newest first."""
+        return read_json(self.folder / f"{kind}.json") or []
+
+    def load(self, kind: str, step: int | None = None) -> tuple[dict[str, Any], bytes] | None:
+        """The newest generation (of that step, if given) whose hash is right, and its bytes."""
+        for entry in self.generations(kind):
+            path = self.folder / entry["file"]
+            if (step is None or entry["step"] == step) and path.is_file():
+                data = path.read_bytes()
+                if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                    return entry, data
+        return None
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def trained_by(output_dir: str | Path, train_id: str) -> CellDir | None:
+    """The cell that completed training under this name, if its checkpoints are still there."""
+    note = read_json(Path(output_dir) / "trained" / f"{train_id}.json")
+    if note is None:
+        return None
+    cell = CellDir(output_dir, note["cell_id"])
+    return cell if Checkpoints(cell.path / "checkpoints").load("last") else None
+
+
+def note_trained(output_dir: str | Path, train_id: str, cell_id: str) -> None:
+    """Remember which cell holds the parameters of a training."""
+    write_json(Path(output_dir) / "trained" / f"{train_id}.json", {"cell_id": cell_id})

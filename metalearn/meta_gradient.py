@@ -1,0 +1,162 @@
+"""The outer gradient of a meta-batch: chunked over tasks, with no more than one chunk's graph alive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metalearn.bn import task_mean
+from metalearn.episode import Episode, MetaBatch, Params, TaskOutput, Theta
+from metalearn.ops import Statistics
+from metalearn.ops.norm import Moments
+from metalearn.random import TaskKey
+
+if TYPE_CHECKING:
+    from metalearn.learner import MetaLearner
+
+
+class MetaGradient(NamedTuple):
+    """What one outer update needs.
+
+    grads: gradient of the objective in every meta-parameter, in their order, over all ranks. loss: `[b]` of this
+    rank's tasks. finite: whether losses and gradients are, on all ranks. seen: batch-norm statistics, and state: new
+    learner state, both averaged over the tasks.
+    """
+
+    grads: list[Tensor]
+    loss: Tensor
+    finite: bool
+    seen: Statistics
+    state: dict[str, Any]
+
+
+def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
+    """The gradient of `learner.outer` (plus the regularizer's penalty) over the tasks of all ranks."""
+    regularizer = learner.regularizer
+    episodes = regularizer.episodes(batch.episodes, batch.key)
+    if regularizer.overrides("penalty"):
+        grads, out = _coupled(learner, episodes, batch)
+    else:
+        grads, out = _separable(learner, episodes, batch)
+    seen = task_mean(out.seen)
+    state = {k: v.mean(0) for k, v in out.state.items()}
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        seen, state = _all_reduce(grads, seen, state, out.loss.shape[0] / batch.total)
+    return MetaGradient(grads, out.loss, _finite(grads, out.loss), seen, state)
+
+
+def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
+    """Each chunk's graph is built, differentiated and freed before the next: the objective is a mean over tasks."""
+    rewrite = learner.regularizer.overrides("task_gradients")
+    outputs, grads = [], []
+    for chunk in learner.chunks(episodes):
+        part = episodes.select(chunk)
+        theta = _leaves(learner, part.tasks if rewrite else None)
+        out = learner.task_loss(theta, part, batch.key.select(chunk))
+        share = part.tasks / batch.total
+        objective = out.loss.sum() if rewrite else learner.outer(theta, part, out) * share
+        grads.append(_grad([objective], theta))
+        outputs.append(_detached(out))
+    if not rewrite:
+        total = grads[0]
+        for more in grads[1:]:
+            torch._foreach_add_(total, more)
+        return total, _join(outputs)
+    names = [(group, name) for group, params in learner.theta().items() for name in params]
+    stacked = {f"{g}.{n}": torch.cat([part[i] for part in grads]) for i, (g, n) in enumerate(names)}
+    return [g.sum(0) / batch.total for g in learner.regularizer.task_gradients(stacked).values()], _join(outputs)
+
+
+def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
+    """The objective needs all tasks' outputs: compute them, differentiate it in them, then pull back by chunk."""
+    if batch.total != episodes.tasks:
+        raise ValueError("this regularizer couples the tasks of a meta-batch; set trainer.devices=1")
+    chunks = learner.chunks(episodes)
+    if len(chunks) == 1:
+        theta = _leaves(learner)
+        out = learner.task_loss(theta, episodes, batch.key)
+        return _grad([_objective(learner, theta, episodes, out)], theta), _detached(out)
+    with torch.no_grad():
+        frozen = _leaves(learner)
+        parts = [learner.task_loss(frozen, episodes.select(c), batch.key.select(c)) for c in chunks]
+    out = _join([_detached(part) for part in parts])
+    ports, structure = pytree.tree_flatten((out.loss, out.prediction, out.phi))
+    ports = [p.detach().requires_grad_() if isinstance(p, Tensor) else p for p in ports]
+    loss, prediction, phi = pytree.tree_unflatten(ports, structure)
+    theta = _leaves(learner)
+    objective = _objective(learner, theta, episodes, out._replace(loss=loss, prediction=prediction, phi=phi))
+    live = [p for p in ports if isinstance(p, Tensor)]
+    flat = [p for params in theta.values() for p in params.values()]
+    both = torch.autograd.grad(objective, live + flat, materialize_grads=True)
+    pulled, total = both[: len(live)], list(both[len(live) :])
+    for chunk in chunks:
+        theta = _leaves(learner)
+        part = learner.task_loss(theta, episodes.select(chunk), batch.key.select(chunk))
+        outputs = [p for p in pytree.tree_leaves((part.loss, part.prediction, part.phi)) if isinstance(p, Tensor)]
+        torch._foreach_add_(total, _grad(outputs, theta, [g[chunk] for g in pulled]))
+    return total, out
+
+
+def _objective(learner: MetaLearner, theta: Theta, episodes: Episode, out: TaskOutput) -> Tensor:
+    penalty = learner.regularizer.penalty(learner, theta, episodes, out)
+    value = learner.outer(theta, episodes, out)
+    return value if penalty is None else value + penalty
+
+
+def _leaves(learner: MetaLearner, tasks: int | None = None) -> Theta:
+    """Fresh leaves of theta that record gradients; with `tasks`, one copy per task."""
+
+    def leaf(p: Tensor) -> Tensor:
+        p = p.detach()
+        return (p if tasks is None else p.expand(tasks, *p.shape)).requires_grad_()
+
+    return {group: {k: leaf(p) for k, p in params.items()} for group, params in learner.theta().items()}
+
+
+def _grad(outputs: Sequence[Tensor], theta: Theta, weights: Sequence[Tensor] | None = None) -> list[Tensor]:
+    leaves = [p for params in theta.values() for p in params.values()]
+    live = [i for i, o in enumerate(outputs) if o.requires_grad]
+    cotangents = None if weights is None else [weights[i] for i in live]
+    return list(torch.autograd.grad([outputs[i] for i in live], leaves, cotangents, materialize_grads=True))
+
+
+def _detached(out: TaskOutput) -> TaskOutput:
+    return TaskOutput(*pytree.tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, tuple(out)))
+
+
+def _join(parts: list[TaskOutput]) -> TaskOutput:
+    """One output from those of the chunks."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def cat(*leaves: Any) -> Any:
+        return torch.cat(leaves) if isinstance(leaves[0], Tensor) else leaves[0]
+
+    return TaskOutput(*pytree.tree_map(cat, tuple(parts[0]), *(tuple(p) for p in parts[1:])))
+
+
+def _finite(grads: list[Tensor], loss: Tensor) -> bool:
+    total = torch.stack([g.sum() for g in grads]).sum() + loss.sum()
+    flag = torch.isfinite(total).to(torch.int32)
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag)
+
+
+def _all_reduce(grads: list[Tensor], seen: Statistics, state: dict[str, Any], share: float) -> Any:
+    """Sum gradients over ranks, in place; statistics and state become means over all ranks' tasks."""
+    names = sorted(state)
+    means = [t * share for m in seen.values() for t in (m.mean, m.var)] + [state[k] * share for k in names]
+    for tensor in (*grads, *means):
+        dist.all_reduce(tensor)
+    moments = iter(means)
+    seen = {k: Moments(next(moments), next(moments), m.count) for k, m in seen.items()}
+    return seen, {k: next(moments) for k in names}
+
+
+__all__ = ["MetaGradient", "Params", "TaskKey", "meta_gradient"]

@@ -1,0 +1,146 @@
+"""What a finished run says of itself: `result.json` and the small table at the end."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from metalearn.cells import Cell, config_hash
+from metalearn.evaluation.metrics import summarize
+from metalearn.ledger import CellDir
+from metalearn.schema import fields_of, member_of
+
+if TYPE_CHECKING:
+    from metalearn.learner import MetaLearner
+    from metalearn.training import Recorder
+
+Config = dict[str, Any]
+PACKAGES = ("metalearn", "torch", "pytorch-lightning", "hydra-core", "omegaconf", "wandb", "numpy", "matplotlib")
+
+
+def result_of(
+    cell: Cell,
+    learner: MetaLearner,
+    recorder: Recorder,
+    episodes: pd.DataFrame,
+    headline: str,
+    step: int,
+    seconds: float,
+    error: str | None,
+) -> Config:
+    """The content of result.json (contract, section 3)."""
+    config = cell.config
+    last = int(episodes["step"].max()) if len(episodes) else 0
+    commit, dirty = git_state()
+    result = {
+        "cell_id": cell.cell_id,
+        "train_id": cell.train_id,
+        "config": config,
+        "config_hash": config_hash(config),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "seed": config["seed"],
+        "versions": versions(),
+        "data_hash": cell.data_hash,
+        "protocol": protocol(cell, learner, recorder, headline, step, last),
+        "status": "done" if error is None else "diverged",
+        "steps": learner.meta_steps,
+        "seconds": round(seconds, 3),
+        "metrics": summarize(episodes, headline, last) if len(episodes) else {},
+    }
+    return result if error is None else result | {"error": error}
+
+
+def protocol(
+    cell: Cell, learner: MetaLearner, recorder: Recorder, headline: str, step: int, last: int
+) -> Config:
+    """How the numbers were obtained."""
+    data, evaluation = cell.config["dataset"], cell.config["evaluation"]
+    best = recorder.best if evaluation["checkpoint"] == "best" else None
+    rule = {"checkpoint": "last", "step": step}
+    if best:
+        by = f"mean {learner.metric_name} of {cell.config['trainer']['val_episodes']} episodes of the val split, bn={headline}"
+        rule = {"checkpoint": "best", "step": best["step"], "by": by, "value": best["value"]}
+    return {
+        "label_assignment": data.get("label_assignment"),
+        **{k: data.get(f"test_{k}") or data.get(k) for k in ("way", "shot", "queries")},
+        "bn": headline,
+        "test_steps": last,
+        "inner_loss_reduction": learner.inner_loss_reduction,
+        "selection": rule,
+        "test_split": "test",
+        "episodes": cell.config["trainer"]["test_episodes"],
+        "episodes_id": episodes_id(cell),
+        "transductive": headline == "batch",
+    }
+
+
+def episodes_id(cell: Cell) -> str:
+    """Names the frozen test episodes: equal ids mean equal episodes, index by index (12 hex digits)."""
+    section = cell.config["dataset"]
+    skip = ("way", "shot", "queries", "test_way", "test_shot", "test_queries", "label_assignment", "root")
+    fields = fields_of(member_of("dataset", section))
+    kept = {k: section[k] for k, f in fields.items() if k not in skip and f.key.touches != "none"}
+    sizes = {k: section.get(f"test_{k}") or section.get(k) for k in ("way", "shot", "queries")}
+    what = [section["_target_"], cell.data_hash, kept, sizes, cell.config["evaluation"]["seed"], "test"]
+    return config_hash(what)[:12]
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def git_state() -> tuple[str | None, bool | None]:
+    """Commit of the checkout that this package runs from and whether it has changes; None in a wheel."""
+    top = Path(__file__).resolve().parent.parent
+    if not (top / ".git").exists():
+        return None, None
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(top), *arguments], capture_output=True, text=True, check=True).stdout
+
+    try:
+        return git("rev-parse", "HEAD").strip(), bool(git("status", "--porcelain", "--untracked-files=no").strip())
+    except (subprocess.CalledProcessError, FileNotFoundError):
+        return None, None
+
+
+def table(result: Config, directory: CellDir) -> str:
+    """The result as a small table for the terminal."""
+    config, protocol = result["config"], result["protocol"]
+    title = f"{config['algorithm']['name']} on {config['dataset']['name']}"
+    if protocol["way"]:
+        title += f", {protocol['way']}-way {protocol['shot']}-shot"
+    elif protocol["shot"]:
+        title += f", {protocol['shot']} shots"
+    rows = [("metric", "mean", "95% CI (tasks)", "n", "bn", "step")]
+    for name, m in result["metrics"].items():
+        qualifiers = dict(q.split("=", 1) for q in name.partition("@")[2].split(",") if q)
+        where = (qualifiers.get("bn", protocol["bn"]), qualifiers.get("step", str(protocol["test_steps"])))
+        rows.append((name.partition("@")[0], _number(m["mean"]), "+- " + _number(m["ci95"]), str(m["n"]), *where))
+    rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    end = "" if result["status"] == "done" else f"DIVERGED: {result['error']}\n"
+    chosen = protocol["selection"]
+    return (
+        f"\n{title}, seed {result['seed']}\n" + "\n".join(line.rstrip() for line in lines) + f"\n{end}"
+        f"{result['steps']} meta-steps in {result['seconds']:.0f} s; tested: {chosen['checkpoint']} checkpoint, "
+        f"step {chosen['step']}\n{directory.path / 'result.json'}"
+    )
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"

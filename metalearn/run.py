@@ -1,0 +1,239 @@
+"""Composition root: a validated cell -> objects -> fit -> test -> result.json."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+
+from metalearn.cells import Cell
+from metalearn.data import Episodes
+from metalearn.datasets.base import Dataset
+from metalearn.learner import Diverged, MetaLearner
+from metalearn.ledger import CellDir, Checkpoints, note_trained, trained_by, write_atomically, write_json
+from metalearn.record import result_of
+from metalearn.training import Recorder
+
+Config = dict[str, Any]
+NOT_ARGUMENTS = ("_target_", "name", "bn_modes", "outer")
+
+
+def build(group: str, section: Config, **more: Any) -> Any:
+    """The object that a group's section describes."""
+    module, name = section["_target_"].rsplit(".", 1)
+    arguments = {k: v for k, v in section.items() if k not in NOT_ARGUMENTS}
+    return getattr(import_module(module), name)(**arguments, **more)
+
+
+def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
+    """Network, regularizer and algorithm, with the run's initial parameters."""
+    section, trainer = config["algorithm"], config["trainer"]
+    module, name = section["_target_"].rsplit(".", 1)
+    outputs = dataset.outputs("train") if getattr(import_module(module), name).needs_head else 0
+    net = build("backbone", config["backbone"], input_shape=dataset.input_shape, outputs=outputs)
+    learner = build(
+        "algorithm",
+        section,
+        net=net,
+        kind=dataset.kind,
+        regularizer=build("regularizer", config["regularizer"]),
+        chunk_bytes=int(trainer["chunk_mib"] * 2**20),
+        seed=config["seed"],
+    )
+    learner.initialize(config["seed"])
+    learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])
+    return learner.to(DTYPES[trainer["precision"]])
+
+
+DTYPES = {"32": torch.float32, "64": torch.float64}
+
+
+def build_data(config: Config, dataset: Dataset) -> Episodes:
+    """Training stream and frozen episodes."""
+    t = config["trainer"]
+    return Episodes(
+        dataset,
+        build("sampler", config["sampler"]),
+        **{k: t[k] for k in ("meta_batch_size", "max_steps", "val_every", "val_episodes", "test_episodes")},
+        seed=config["seed"],
+        evaluation_seed=config["evaluation"]["seed"],
+        per_call=t["meta_steps_per_call"],
+        dtype=DTYPES[t["precision"]],
+    )
+
+
+def build_logger(config: Config, cell: CellDir, attempt: int) -> Logger | None:
+    """The mirror of the training log; None if there is none, or if W&B cannot start."""
+    section = config["logger"]
+    if section["name"] == "csv":
+        return CSVLogger(cell.path, name="csv", version=f"attempt_{attempt}")
+    if section["name"] == "none":
+        return None
+    os.environ.setdefault("WANDB_MODE", "offline")
+    os.environ.setdefault("WANDB_SILENT", "true")
+    tags = [config["algorithm"]["name"], config["dataset"]["name"], *section["tags"]]
+    try:
+        logger = WandbLogger(
+            project=section["project"],
+            save_dir=str(cell.path),
+            id=f"{cell.cell_id}-{attempt}",
+            group=section["group"],
+            job_type="train",
+            tags=tags,
+            config=config,
+            offline=os.environ["WANDB_MODE"] != "online",
+        )
+        logger.experiment.define_metric("*")
+    except Exception as error:  # W&B must never stop a run
+        warnings.warn(f"logging to W&B is off: {error}", stacklevel=2)
+        return None
+    return logger
+
+
+def rank() -> int:
+    """This process's rank before Lightning knows it."""
+    return int(next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), 0))
+
+
+def run(cell: Cell) -> str:
+    """Train and test one cell; returns how it ended: done, diverged, failed or killed.
+
+    A killed cell continues from its last good checkpoint; a cell whose training another cell has completed only tests.
+    """
+    config, directory = cell.config, CellDir(cell.config["output_dir"], cell.cell_id)
+    if config["trainer"]["threads"]:
+        torch.set_num_threads(config["trainer"]["threads"])
+    main = rank() == 0
+    attempt = directory.start(config, cell.train_id) if main else 0
+    if main:
+        import yaml
+
+        write_atomically(directory.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    try:
+        state = _train_and_test(cell, directory, attempt, main)
+    except (KeyboardInterrupt, SystemExit):
+        if main:
+            directory.finish("killed", "interrupted")
+        raise
+    except Exception as error:
+        if main:
+            directory.finish("failed", f"{type(error).__name__}: {error}")
+        raise
+    if main:
+        directory.finish(state)
+    return state
+
+
+def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) -> str:
+    config, t = cell.config, cell.config["trainer"]
+    dataset: Dataset = build("dataset", config["dataset"])
+    learner, data = build_learner(config, dataset), build_data(config, dataset)
+    modes = config["evaluation"]["bn_modes"] if learner.net.has_norm else ["none"]
+    learner.watch(modes, config["evaluation"]["steps"])
+    recorder = Recorder(
+        directory, attempt, headline=modes[0], log_every=t["log_every"], save_seconds=t["save_seconds"], writes=main
+    )
+    logger = build_logger(config, directory, attempt) if main else None
+    trainer = build_trainer(config, directory, recorder, logger)
+    dataset.to(trainer.strategy.root_device)
+    seconds, error = time.monotonic(), None
+    source = trained_by(config["output_dir"], cell.train_id)
+    try:
+        checkpoints = None if source is None else Checkpoints(source.path / "checkpoints")
+        if checkpoints is None:
+            fit(trainer, learner, data, recorder)
+            if main:
+                note_trained(config["output_dir"], cell.train_id, cell.cell_id)
+        else:
+            recorder.resume(learner, checkpoints)
+        step = recorder.select(learner, config["evaluation"]["checkpoint"], checkpoints)
+        trainer.test(learner, data, verbose=False)
+    except Diverged as diverged:
+        error, step = str(diverged), learner.meta_steps
+    seconds = recorder.seconds + time.monotonic() - seconds
+    if main:
+        rows = episode_rows(recorder, learner, dataset)
+        result = result_of(cell, learner, recorder, rows, modes[0], step, seconds, error)
+        _write_result(directory, rows, result, logger)
+    return "done" if error is None else "diverged"
+
+
+def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger: Logger | None) -> pl.Trainer:
+    """Lightning's trainer, for devices, processes and hooks; the meta-step and its counter are ours."""
+    t = config["trainer"]
+    return pl.Trainer(
+        accelerator={"cuda": "gpu"}.get(t["accelerator"], t["accelerator"]),
+        devices=t["devices"],
+        strategy="ddp" if t["devices"] > 1 else "auto",
+        max_epochs=-1,
+        num_sanity_val_steps=0,
+        check_val_every_n_epoch=1,
+        limit_val_batches=None if t["val_every"] else 0,
+        logger=logger or False,
+        callbacks=[recorder],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        inference_mode=False,
+        default_root_dir=str(directory.path),
+    )
+
+
+def fit(trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Recorder) -> None:
+    """Train to exactly `max_steps` meta-steps, from the last checkpoint if there is one."""
+    learner.optimizer_state = recorder.resume(learner)
+    data.start = learner.meta_steps
+    if learner.meta_steps < data.max_steps:
+        trainer.fit(learner, data)
+    elif learner.meta_steps == 0:
+        recorder.save(learner, "last")
+
+
+def episode_rows(recorder: Recorder, learner: MetaLearner, dataset: Dataset) -> pd.DataFrame:
+    """One row for each test episode, batch-norm mode and step: the contract's `episodes.parquet`."""
+    frames = []
+    for (bn, step), (values, losses) in recorder.test.items():
+        frames.append(
+            pd.DataFrame(
+                {
+                    "episode": range(len(values)),
+                    "bn": bn,
+                    "step": step,
+                    "metric": learner.metric_name,
+                    "value": values.double().numpy(),
+                    "loss": losses.double().numpy(),
+                    "group": pd.Series([None] * len(values), dtype="object"),
+                }
+            )
+        )
+    columns = ["episode", "bn", "step", "metric", "value", "loss", "group"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger: Logger | None) -> None:
+    """Episodes first, then the mirror, and result.json last: its presence means finished."""
+    part = directory.path / ".episodes.parquet.part"
+    rows.to_parquet(part, index=False)
+    os.replace(part, directory.path / "episodes.parquet")
+    if isinstance(logger, WandbLogger):
+        import wandb
+
+        summary = {name.replace("@", "_").replace("=", "_").replace(",", "_"): m["mean"] for name, m in result["metrics"].items()}
+        try:
+            logger.experiment.summary.update({"test_" + k: v for k, v in summary.items()})
+            wandb.finish()
+        except Exception as error:  # W&B must never stop a run
+            warnings.warn(f"W&B did not take the result: {error}", stacklevel=2)
+    write_json(directory.path / "result.json", result)
+
+
+__all__ = ["build", "build_learner", "build_logger", "build_trainer", "fit", "run", "Path"]

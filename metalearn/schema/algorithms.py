@@ -1,0 +1,92 @@
+"""Keys of the meta-algorithms."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from metalearn.schema.groups import BN_MODES
+from metalearn.schema.keys import key
+
+Config = dict[str, Any]
+
+
+@dataclass
+class Algorithm:
+    """What all algorithms share; see `metalearn.learner.MetaLearner`."""
+
+    target: ClassVar[str]
+    epoch: ClassVar[int] = 1
+    needs_head: ClassVar[bool] = True
+    kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+
+    name: str = key("", "name in tables and logs", touches="none")
+    outer: str = key("mean", "how the tasks' outer gradients are combined", choices=("mean",))
+    bn_modes: list[str] = key(
+        ["batch", "support_plus_one"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none"
+    )
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        """Combinations of keys that cannot be."""
+        yield from ()
+
+
+@dataclass
+class InnerLoop(Algorithm):
+    """Algorithms that adapt by gradient steps."""
+
+    alpha: float = key(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
+    inner_steps: int = key(1, "inner steps in training", ge=0)
+    test_steps: int = key(3, "inner steps in validation and test", ge=0)
+    inner_loss_reduction: str = key(
+        "mean",
+        "inner loss: mean over examples, or their sum divided by the shots (N times the mean, as in MAML's code)",
+        choices=("mean", "sum_over_shots"),
+    )
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        from metalearn.schema.registry import member_of
+
+        if algorithm["inner_loss_reduction"] != "mean" and member_of("dataset", run["dataset"]).kind == "regression":
+            yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
+
+
+@dataclass
+class MAML(InnerLoop):
+    """metalearn.algorithms.MAML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MAML"
+
+    first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
+    adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
+
+
+@dataclass
+class Reptile(InnerLoop):
+    """metalearn.algorithms.Reptile."""
+
+    target: ClassVar[str] = "metalearn.algorithms.Reptile"
+
+    alpha: float = key(0.001, "learning rate of the inner optimizer", gt=0)
+    inner_steps: int = key(5, "inner steps in training", ge=1)
+    test_steps: int = key(50, "inner steps in validation and test", ge=0)
+    inner_optimizer: str = key("adam", "inner optimizer; adam has beta1 = 0, beta2 = 0.999", choices=("adam", "sgd"))
+    inner_state: str = key("carry", "Adam's second moments at the start of a task", choices=("carry", "reset"))
+    inner_batch: int | None = key(10, "examples of a minibatch in training; null for the whole pool", ge=1)
+    test_inner_batch: int | None = key(5, "examples of a minibatch in evaluation; null for the support set", ge=1)
+    serial: bool = key(False, "update theta after each task of a meta-batch instead of once for all")
+
+
+@dataclass
+class ProtoNet(Algorithm):
+    """metalearn.algorithms.ProtoNet."""
+
+    target: ClassVar[str] = "metalearn.algorithms.ProtoNet"
+    needs_head: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+
+    bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
+
+
+ALGORITHMS = (MAML, Reptile, ProtoNet)

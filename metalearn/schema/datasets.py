@@ -1,0 +1,151 @@
+"""Keys of the data sets, and what is known of them without loading anything."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from metalearn.schema.keys import BadInput, key
+
+Config = dict[str, Any]
+
+
+@dataclass
+class Dataset:
+    """What all data sets share."""
+
+    target: ClassVar[str]
+    epoch: ClassVar[int] = 1
+    kind: ClassVar[str]
+    image: ClassVar[bool] = False
+
+    name: str = key("", "name in tables and logs", touches="none")
+    seed: int = key(0, "seed of what the data set itself draws: splits, label groups, renderings", ge=0, lt=2**31)
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        """Combinations of keys that cannot be."""
+        yield from ()
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        """Names the contents, wherever they lie."""
+        raise TypeError(f"{cls.__name__} declares no data_hash")
+
+
+@dataclass
+class ImageDataset(Dataset):
+    """N-way K-shot classification of pictures; see `metalearn.datasets.base.ImageDataset`."""
+
+    kind: ClassVar[str] = "classification"
+    image: ClassVar[bool] = True
+
+    way: int = key(5, "classes of a training task (N)", ge=2)
+    shot: int = key(1, "support pictures a class in training (K)", ge=1)
+    queries: int = key(5, "query pictures a class in training", ge=1)
+    test_way: int | None = key(None, "classes of a validation or test task; null means as in training", ge=2)
+    test_shot: int | None = key(None, "support pictures a class in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(15, "query pictures a class in validation and test; null means as in training", ge=1)
+    label_assignment: str = key(
+        "mutually_exclusive",
+        "labels of a training task's classes: a random order, or fixed for each class (test is always random)",
+        choices=("mutually_exclusive", "fixed_label"),
+    )
+
+    @classmethod
+    def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
+        """Classes and pictures per class of each split, where they are known beforehand."""
+        return None
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        known = cls.capacity(dataset) or {}
+        for split, (classes, pictures) in known.items():
+            prefix = "" if split == "train" else "test_"
+            way, shot, queries = (dataset[prefix + k] or dataset[k] for k in ("way", "shot", "queries"))
+            if way > classes:
+                yield f"dataset.{prefix}way={way}: must be <= {classes}, the classes of split '{split}'"
+            if shot + queries > pictures:
+                yield (
+                    f"dataset.{prefix}shot + dataset.{prefix}queries = {shot + queries} exceeds the {pictures} "
+                    f"pictures of a class in split '{split}'; lower dataset.{prefix}queries"
+                )
+
+
+@dataclass
+class Glyphs(ImageDataset):
+    """metalearn.datasets.glyphs.Glyphs."""
+
+    target: ClassVar[str] = "metalearn.datasets.glyphs.Glyphs"
+
+    drawings: int = key(20, "distorted drawings of each character", ge=2)
+
+    @classmethod
+    def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
+        return {split: (classes, dataset["drawings"]) for split, classes in (("train", 847), ("val", 141), ("test", 292))}
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.glyph_inventory import data_hash
+
+        return data_hash(dataset["drawings"], dataset["seed"])
+
+
+OMNIGLOT_CHARACTERS = {
+    "vinyals": (1028, 172, 423),
+    "meta_dataset": (883, 81, 659),
+    "lake": (883, 81, 659),
+    "random1200": (1100, 100, 423),
+}
+
+
+@dataclass
+class Omniglot(ImageDataset):
+    """metalearn.datasets.omniglot.Omniglot."""
+
+    target: ClassVar[str] = "metalearn.datasets.omniglot.Omniglot"
+
+    root: str = key(..., "folder with images_background(.zip) and images_evaluation(.zip)")
+    variant: str = key("vinyals", "split of the characters", choices=tuple(OMNIGLOT_CHARACTERS))
+    rotations: bool = key(True, "turns by 90, 180 and 270 degrees are further classes")
+    resize: str = key("area", "antialiased grey, or nearest neighbour (0/1 pictures, as in MAML's and Reptile's code)", choices=("area", "nearest"))
+    invert: bool = key(True, "ink is 1 and paper 0")
+    size: int = key(28, "height and width in pixels", ge=8, le=105)
+    download: bool = key(False, "fetch missing archives from their public address", touches="none")
+    checksum: str = key("warn", "what a differing checksum of an archive means", choices=("warn", "error", "off"), touches="none")
+
+    @classmethod
+    def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
+        times = 4 if dataset["rotations"] else 1
+        characters = OMNIGLOT_CHARACTERS[dataset["variant"]]
+        return {split: (times * n, 20) for split, n in zip(("train", "val", "test"), characters, strict=True)}
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.omniglot_files import data_hash, prepare
+
+        try:
+            prepare(dataset["root"], download=dataset["download"], checksum=dataset["checksum"])
+            return data_hash(dataset["root"])
+        except (FileNotFoundError, ValueError) as error:
+            raise BadInput(str(error)) from None
+
+
+@dataclass
+class Sinusoid(Dataset):
+    """metalearn.datasets.sinusoid.Sinusoid."""
+
+    target: ClassVar[str] = "metalearn.datasets.sinusoid.Sinusoid"
+    kind: ClassVar[str] = "regression"
+
+    variant: str = key("finn", "law of the curves and noise", choices=("finn", "reptile", "unravel", "trlearner_offset", "trlearner_phase"))
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(100, "query points in validation and test; null means as in training", ge=1)
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        return "formula"
+
+
+DATASETS = (Glyphs, Omniglot, Sinusoid)

@@ -1,0 +1,71 @@
+"""Keys of the run itself and of the groups that have one schema: trainer, evaluation, logger."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from metalearn.schema.keys import key
+
+BN_MODES = ("batch", "support_plus_one", "support_only", "running")
+
+
+@dataclass
+class Run:
+    """The keys outside all groups."""
+
+    seed: int = key(0, "seed of every training draw and of the initial parameters", ge=0, lt=2**31)
+    rerun: bool = key(False, "run a finished cell again; its old result is archived beside the new", touches="none")
+    output_dir: str = key("outputs", "folder that holds runs/<cell_id>/ and Hydra's own folders", touches="none")
+
+
+@dataclass
+class Trainer:
+    """How long to train, on what, and how often to look."""
+
+    epoch: ClassVar[int] = 1
+
+    max_steps: int = key(1000, "meta-steps (outer updates)", ge=0)
+    meta_batch_size: int = key(16, "tasks of one meta-step (B), over all ranks", ge=1)
+    val_every: int = key(100, "meta-steps between validations; 0 for none (then the last checkpoint is tested)", ge=0)
+    val_episodes: int = key(100, "frozen validation episodes", ge=1)
+    test_episodes: int = key(600, "frozen test episodes", ge=2, touches="test")
+    precision: str = key("32", "bits of floating-point numbers", choices=("32", "64"))
+    accelerator: str = key("auto", "auto, cpu or cuda", touches="none", choices=("auto", "cpu", "cuda"))
+    devices: int = key(1, "processes, one device each; the tasks of a meta-step are divided among them", ge=1, touches="none")
+    threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
+    chunk_mib: float = key(16.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
+    meta_steps_per_call: int = key(1, "meta-steps in one call of Lightning's training_step", ge=1, touches="none")
+    log_every: int = key(10, "meta-steps between lines of metrics.jsonl", ge=1, touches="none")
+    save_seconds: float = key(60.0, "seconds between checkpoints (besides one after each validation)", gt=0, touches="none")
+
+
+@dataclass
+class Evaluation:
+    """How trained parameters are judged, on frozen episodes."""
+
+    epoch: ClassVar[int] = 1
+
+    bn_modes: list[str] = key(
+        ["batch", "support_plus_one"],
+        "batch-norm modes of prediction; the first is the headline and guides selection",
+        choices=BN_MODES,
+    )
+    steps: str = key(
+        "headline",
+        "adaptation steps to report: all for the headline mode and the last for others, all, or only the last",
+        choices=("headline", "all", "last"),
+        touches="test",
+    )
+    seed: int = key(0, "seed of the frozen validation and test episodes", ge=0, lt=2**31)
+    checkpoint: str = key("best", "parameters to test: best on validation classes, or last", choices=("best", "last"), touches="test")
+
+
+@dataclass
+class Logger:
+    """A mirror of the training log; metrics.jsonl is always written."""
+
+    epoch: ClassVar[int] = 1
+
+    name: str = key("wandb", "wandb (offline unless WANDB_MODE says otherwise), csv or none", touches="none", choices=("wandb", "csv", "none"))
+    project: str = key("metalearn", "W&B project", touches="none")
+    group: str | None = key(None, "W&B group", touches="none")
+    tags: list[str] = key([], "further W&B tags", touches="none")

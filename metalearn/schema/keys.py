@@ -1,0 +1,143 @@
+"""How one key of the configuration is declared and checked."""
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Iterable
+from typing import Any, Literal
+
+Touches = Literal["train", "test", "none"]
+
+
+class BadInput(Exception):
+    """The user asked for something that cannot be; the message (at most three lines) names key, value and bound."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """Declaration of a key.
+
+    Attributes:
+        doc: meaning, with its unit.
+        touches: `train` (also selection), `test`, or `none` (nothing beyond rounding).
+        choices: allowed values.
+        gt, ge, lt, le: bounds of a number, or of each number of a list.
+        length: exact length of a list.
+        required: no default; must be given.
+    """
+
+    doc: str
+    touches: Touches = "train"
+    choices: tuple[Any, ...] | None = None
+    gt: float | None = None
+    ge: float | None = None
+    lt: float | None = None
+    le: float | None = None
+    length: int | None = None
+    required: bool = False
+
+    def bound(self) -> str:
+        """The allowed range in words."""
+        if self.choices:
+            return "one of " + ", ".join(str(c) for c in self.choices)
+        limits = [(">", self.gt), (">=", self.ge), ("<", self.lt), ("<=", self.le)]
+        return " and ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+
+
+def key(default: Any, doc: str, **rest: Any) -> Any:
+    """A dataclass field that declares a key; a default of `...` marks a required one."""
+    declared = Key(doc, required=default is ..., **rest)
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata={"key": declared})
+    return dataclasses.field(default="???" if default is ... else default, metadata={"key": declared})
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """A declared key with its name, type and default."""
+
+    name: str
+    type: Any
+    default: Any
+    key: Key
+
+    def check(self, path: str, value: Any) -> Any:
+        """The value in its declared type.
+
+        Raises:
+            BadInput: naming path, value and bound.
+        """
+        if self.key.required and value in ("???", None):
+            raise BadInput(f"{path} is required: {self.key.doc}")
+        try:
+            value = _convert(value, self.type)
+        except (TypeError, ValueError):
+            bound = f" ({self.key.bound()})" if self.key.bound() else ""
+            raise BadInput(f"{path}={_show(value)}: must be {_type_name(self.type)}{bound}") from None
+        items = value if isinstance(value, list) else [value]
+        if self.key.length is not None and len(items) != self.key.length:
+            raise BadInput(f"{path}={_show(value)}: must have {self.key.length} values")
+        for item in items:
+            if item is not None and not self._inside(item):
+                hint = nearest(str(item), [str(c) for c in self.key.choices]) if self.key.choices else ""
+                raise BadInput(f"{path}={_show(value)}: must be {self.key.bound()}{hint}")
+        return value
+
+    def _inside(self, value: Any) -> bool:
+        if self.key.choices:
+            return value in self.key.choices
+        low = (self.key.gt is None or value > self.key.gt) and (self.key.ge is None or value >= self.key.ge)
+        return low and (self.key.lt is None or value < self.key.lt) and (self.key.le is None or value <= self.key.le)
+
+
+def fields_of(schema: type) -> dict[str, Field]:
+    """The keys that a schema dataclass declares, by name."""
+    hints = typing.get_type_hints(schema)
+    out = {}
+    for field in dataclasses.fields(schema):
+        default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+        out[field.name] = Field(field.name, hints[field.name], default, field.metadata["key"])
+    return out
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """`; did you mean 'x'?` for the closest of `names`, or an empty string."""
+    close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _convert(value: Any, kind: Any) -> Any:
+    """`value` as `kind`; numbers must be written as numbers, and only whole numbers are integers."""
+    if isinstance(kind, types.UnionType):
+        if value is None:
+            if type(None) in kind.__args__:
+                return None
+            raise TypeError
+        return _convert(value, next(k for k in kind.__args__ if k is not type(None)))
+    if typing.get_origin(kind) is list:
+        if not isinstance(value, list | tuple):
+            raise TypeError
+        return [_convert(v, kind.__args__[0]) for v in value]
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+        return float(value)
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise TypeError
+    return value
+
+
+def _type_name(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    if isinstance(kind, types.UnionType):
+        return " or ".join("null" if k is type(None) else _type_name(k) for k in kind.__args__)
+    if typing.get_origin(kind) is list:
+        return f"a list, each {_type_name(kind.__args__[0])}"
+    return names[kind]
+
+
+def _show(value: Any) -> str:
+    return "null" if value is None else str(value)

@@ -1,0 +1,103 @@
+"""Keys of backbones, regularizers, samplers and outer optimizers."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from metalearn.schema.keys import key
+
+
+@dataclass
+class MLP:
+    """metalearn.backbones.MLP."""
+
+    target: ClassVar[str] = "metalearn.backbones.MLP"
+    epoch: ClassVar[int] = 1
+    image: ClassVar[bool] = False
+
+    name: str = key("", "name in tables and logs", touches="none")
+    hidden: list[int] = key([40, 40], "widths of the hidden layers", ge=1)
+    activation: str = key("relu", "non-linearity", choices=("relu", "tanh"))
+    init: str = key("torch", "uniform as in PyTorch's linear layers, or N(0, 0.01) cut at two deviations", choices=("torch", "truncated_normal"))
+
+
+@dataclass
+class Conv4:
+    """metalearn.backbones.Conv4."""
+
+    target: ClassVar[str] = "metalearn.backbones.Conv4"
+    epoch: ClassVar[int] = 1
+    image: ClassVar[bool] = True
+
+    name: str = key("", "name in tables and logs", touches="none")
+    width: int = key(64, "filters of every block", ge=1)
+    blocks: int = key(4, "number of blocks; each halves the picture", ge=1)
+    downsample: str = key("maxpool", "how a block halves the picture", choices=("maxpool", "stride"))
+    readout: str = key("flatten", "features from the last block: all pixels, or their mean", choices=("flatten", "mean"))
+    bn: bool = key(True, "batch norm in every block")
+    bn_affine: str = key("full", "learned batch-norm parameters: scale and offset, offset, or none", choices=("full", "beta", "none"))
+    bn_affine_inner: bool = key(True, "whether inner loops adapt them")
+    bn_eps: float = key(1e-5, "added to the variance", gt=0)
+    conv_bias: bool = key(True, "bias of the convolutions (of no effect before batch norm by batch statistics)")
+    head_init: str = key("xavier", "initial weights of the head: Xavier uniform, or N(0, 1)", choices=("xavier", "normal"))
+
+
+@dataclass
+class NoRegularizer:
+    """metalearn.regularizers.Regularizer."""
+
+    target: ClassVar[str] = "metalearn.regularizers.Regularizer"
+    epoch: ClassVar[int] = 1
+
+    name: str = key("none", "name in tables and logs", touches="none")
+
+
+@dataclass
+class Uniform:
+    """metalearn.samplers.Uniform."""
+
+    target: ClassVar[str] = "metalearn.samplers.Uniform"
+    epoch: ClassVar[int] = 1
+
+    name: str = key("uniform", "name in tables and logs", touches="none")
+
+
+@dataclass
+class Optimizer:
+    """What all outer optimizers share."""
+
+    epoch: ClassVar[int] = 1
+
+    name: str = key("", "name in tables and logs", touches="none")
+    lr: float = key(0.001, "outer learning rate (beta; Reptile's epsilon with sgd)", gt=0)
+    schedule: str = key("constant", "course of the learning rate", choices=("constant", "cosine", "linear", "step"))
+    final_lr: float = key(0.0, "learning rate at the end (cosine, linear)", ge=0)
+    every: int = key(2000, "meta-steps between decays (step)", ge=1)
+    factor: float = key(0.5, "factor of each decay (step)", gt=0, le=1)
+    clip_norm: float | None = key(None, "bound on the global norm of the outer gradient; null for none", gt=0)
+    clip_value: float | None = key(None, "bound on each entry of the outer gradient; null for none", gt=0)
+    weight_decay: float = key(0.0, "multiple of theta added to the outer gradient", ge=0)
+
+
+@dataclass
+class Adam(Optimizer):
+    """metalearn.optim.Adam."""
+
+    target: ClassVar[str] = "metalearn.optim.Adam"
+
+    betas: list[float] = key([0.9, 0.999], "decay rates of the moments", ge=0, lt=1, length=2)
+    eps: float = key(1e-8, "added to the root of the second moment", gt=0)
+
+
+@dataclass
+class SGD(Optimizer):
+    """metalearn.optim.SGD."""
+
+    target: ClassVar[str] = "metalearn.optim.SGD"
+
+    momentum: float = key(0.0, "momentum", ge=0, lt=1)
+
+
+BACKBONES = (MLP, Conv4)
+REGULARIZERS = (NoRegularizer,)
+SAMPLERS = (Uniform,)
+OPTIMIZERS = (Adam, SGD)

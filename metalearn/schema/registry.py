@@ -1,0 +1,52 @@
+"""Which schema belongs to which `_target_`, and how Hydra gets the defaults."""
+
+import dataclasses
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+
+from metalearn.schema import algorithms, datasets, groups, parts
+from metalearn.schema.keys import BadInput, fields_of
+
+MEMBERS: dict[str, dict[str, type]] = {
+    "algorithm": {s.target: s for s in algorithms.ALGORITHMS},
+    "dataset": {s.target: s for s in datasets.DATASETS},
+    "sampler": {s.target: s for s in parts.SAMPLERS},
+    "backbone": {s.target: s for s in parts.BACKBONES},
+    "regularizer": {s.target: s for s in parts.REGULARIZERS},
+    "optimizer": {s.target: s for s in parts.OPTIMIZERS},
+}
+"""Groups whose members have schemas of their own, by `_target_`."""
+
+SINGLE: dict[str, type] = {"trainer": groups.Trainer, "evaluation": groups.Evaluation, "logger": groups.Logger}
+"""Groups with one schema."""
+
+GROUPS = (*MEMBERS, *SINGLE)
+
+
+def member_of(group: str, config: dict[str, Any]) -> Any:
+    """The schema class of a group's composed configuration."""
+    if group in SINGLE:
+        return SINGLE[group]
+    target = config.get("_target_")
+    if target not in MEMBERS[group]:
+        raise BadInput(f"{group}._target_={target}: must be one of {', '.join(MEMBERS[group])}")
+    return MEMBERS[group][target]
+
+
+def register() -> None:
+    """Put every schema's defaults where yaml files find them: `/schema/<group>/<name>`."""
+    store = ConfigStore.instance()
+    for group, members in MEMBERS.items():
+        for target, schema in members.items():
+            name = target.rsplit(".", 1)[1].lower()
+            store.store(group=f"schema/{group}", name=name, node={"_target_": target} | _defaults(schema))
+    for group, schema in SINGLE.items():
+        store.store(group=f"schema/{group}", name=group, node=_defaults(schema))
+    store.store(group="schema", name="run", node=_defaults(groups.Run))
+    store.store(group="hydra/sweeper", name="cells", node={"_target_": "metalearn.sweeper.CellSweeper"})
+
+
+def _defaults(schema: type) -> dict[str, Any]:
+    assert dataclasses.is_dataclass(schema)
+    return {name: field.default for name, field in fields_of(schema).items()}

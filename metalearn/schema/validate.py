@@ -1,0 +1,63 @@
+"""Check a whole composed configuration, and normalise its values to their declared types."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from metalearn.schema.groups import Run
+from metalearn.schema.keys import BadInput, Field, fields_of, nearest
+from metalearn.schema.registry import GROUPS, member_of
+
+Config = dict[str, Any]
+
+
+def validate(config: Config) -> Config:
+    """The configuration with every value in its declared type.
+
+    Raises:
+        BadInput: for the first key, value or combination that cannot be.
+    """
+    out: Config = _section("", fields_of(Run), {k: v for k, v in config.items() if k not in GROUPS})
+    for group in GROUPS:
+        schema = member_of(group, config[group])
+        section = {k: v for k, v in config[group].items() if k != "_target_"}
+        target = {"_target_": schema.target} if hasattr(schema, "target") else {}
+        out[group] = target | _section(f"{group}.", fields_of(schema), section)
+    for problem in _combinations(out):
+        raise BadInput(problem)
+    return out
+
+
+def _section(prefix: str, fields: dict[str, Field], values: Config) -> Config:
+    for name in values:
+        if name not in fields:
+            raise BadInput(f"{prefix}{name}: no such key{nearest(name, fields)}")
+    return {name: field.check(prefix + name, values.get(name, field.default)) for name, field in fields.items()}
+
+
+def _combinations(run: Config) -> Iterator[str]:
+    """Why this run cannot be, if it cannot."""
+    algorithm, dataset = member_of("algorithm", run["algorithm"]), member_of("dataset", run["dataset"])
+    backbone = member_of("backbone", run["backbone"])
+    name, source = run["algorithm"]["name"], run["dataset"]["name"]
+    if dataset.kind not in algorithm.kinds:
+        yield f"algorithm={name}: only for {' and '.join(algorithm.kinds)}, and dataset={source} is {dataset.kind}"
+    if backbone.image and not dataset.image:
+        yield f"backbone={run['backbone']['name']}: needs pictures, and dataset={source} has none; use mlp_sine"
+    yield from dataset.problems(run["dataset"])
+    yield from algorithm.problems(run["algorithm"], run)
+    test_way = run["dataset"].get("test_way")
+    if algorithm.needs_head and test_way not in (None, run["dataset"].get("way")):
+        yield (
+            f"dataset.test_way={test_way}: must equal dataset.way={run['dataset']['way']}, "
+            f"because the head that {name} learns has that many outputs"
+        )
+    trainer = run["trainer"]
+    if trainer["meta_batch_size"] % trainer["devices"]:
+        yield (
+            f"trainer.devices={trainer['devices']}: must divide trainer.meta_batch_size={trainer['meta_batch_size']}"
+        )
+    if run["algorithm"].get("serial") and trainer["devices"] > 1:
+        yield f"trainer.devices={trainer['devices']}: must be 1 with algorithm.serial=true"
+    modes = run["evaluation"]["bn_modes"]
+    if not modes or len(set(modes)) < len(modes):
+        yield f"evaluation.bn_modes={modes}: must name at least one mode, and none twice"

@@ -1,0 +1,212 @@
+"""What happens around meta-steps: log lines, progress, heartbeat, validation, selection, checkpoints."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metalearn.data import Episodes
+from metalearn.learner import MetaLearner
+from metalearn.ledger import CellDir, Checkpoints
+
+Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]
+
+
+class MetricsFile:
+    """`metrics.jsonl`: one JSON object a line, appended and flushed; the latest attempt wins per step."""
+
+    def __init__(self, path: Path, attempt: int):
+        self.path, self.attempt = path, attempt
+        if path.exists() and not path.read_bytes().endswith(b"\n"):
+            with open(path, "ab") as file:  # a killed attempt left half a line
+                file.write(b"\n")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        """Append one line."""
+        with open(self.path, "a") as file:
+            file.write(json.dumps({"attempt": self.attempt, "step": step, **values}, allow_nan=False) + "\n")
+
+
+def gather(scores: list[Scores], ranks: int, total: int) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    """All episodes' scores in the order of their index, from stacks dealt out to ranks in turn."""
+    mine = {p: tuple(torch.cat([s[p][i].cpu() for s in scores]) for i in (0, 1)) for p in (scores[0] if scores else {})}
+    parts: list[Any] = [mine]
+    if ranks > 1:
+        parts = [None] * ranks
+        dist.all_gather_object(parts, mine)
+    out = {}
+    for point in parts[0]:
+        whole = torch.empty(2, total, dtype=parts[0][point][0].dtype)
+        for rank, part in enumerate(parts):
+            for i in (0, 1):
+                whole[i, rank::ranks] = part[point][i]
+        out[point] = (whole[0], whole[1])
+    return out
+
+
+class Recorder(pl.Callback):
+    """Keeps the log, the best and the last checkpoint of a run, and says how it goes.
+
+    A checkpoint holds parameters, buffers, the outer optimizer's state, the meta-step and what selection knows, so a
+    resumed run continues with the same bits; draws need no state.
+    """
+
+    def __init__(
+        self, cell: CellDir, attempt: int, *, headline: str, log_every: int, save_seconds: float, writes: bool
+    ):
+        self.cell, self.headline, self.log_every, self.save_seconds = cell, headline, log_every, save_seconds
+        self.writes = writes
+        self.checkpoints = Checkpoints(cell.path / "checkpoints")
+        self.metrics = MetricsFile(cell.path / "metrics.jsonl", attempt) if writes else None
+        self.best: dict[str, Any] | None = None
+        self.validated = -1
+        self.scores: list[Scores] = []
+        self.test: Scores = {}
+        self.seconds = 0.0
+        self._saved = self._printed = self._started = time.monotonic()
+        self._logged = 0
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def save(self, learner: MetaLearner, kind: str) -> None:
+        """Write a generation of `best` or `last`."""
+        self._saved = time.monotonic()
+        if not self.writes:
+            return
+        fitting = learner._trainer is not None
+        state = {
+            "learner": learner.state_dict(),
+            "optimizer": learner.optimizers(use_pl_optimizer=False).state_dict() if fitting else {},  # type: ignore[union-attr]
+            "meta_steps": learner.meta_steps,
+            "best": self.best,
+            "validated": self.validated,
+            "seconds": self.seconds + time.monotonic() - self._started,
+        }
+        self.checkpoints.save(kind, learner.meta_steps, lambda file: torch.save(state, file))
+
+    def resume(self, learner: MetaLearner, source: Checkpoints | None = None) -> dict[str, Any] | None:
+        """Load the last good checkpoint into the learner; returns the optimizer's state, None for a fresh start."""
+        found = (source or self.checkpoints).load("last")
+        if found is None:
+            return None
+        state = torch.load(io.BytesIO(found[1]), weights_only=True, map_location="cpu")
+        learner.load_state_dict(state["learner"])
+        learner.meta_steps, self.best, self.validated = state["meta_steps"], state["best"], state["validated"]
+        self.seconds = state["seconds"]
+        return state["optimizer"]
+
+    def select(self, learner: MetaLearner, rule: str, source: Checkpoints | None = None) -> int:
+        """Load the parameters to be tested and return their meta-step."""
+        step = self.best["step"] if rule == "best" and self.best else None
+        found = (source or self.checkpoints).load("last" if step is None else "best", step)
+        if found is None:
+            raise FileNotFoundError(f"no intact checkpoint in {(source or self.checkpoints).folder}")
+        state = torch.load(io.BytesIO(found[1]), weights_only=True, map_location="cpu")
+        learner.load_state_dict(state["learner"])
+        return int(found[0]["step"])
+
+    # ---- Lightning's hooks ---------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._started = self._saved = time.monotonic()
+        self._first = pl_module.meta_steps
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        learner, data = _ours(trainer, pl_module)
+        step, last = learner.meta_steps, learner.meta_steps == data.max_steps
+        if step // self.log_every != self._logged // self.log_every or last:
+            self._log(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate})
+        self._logged = step
+        validates = bool(data.val_every) and (step % data.val_every == 0 or last)
+        if not validates and (last or time.monotonic() - self._saved > self.save_seconds):
+            self.save(learner, "last")
+        self._progress(trainer, learner, data)
+        if self.writes:
+            self.cell.beat(step=step)
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self.scores.append(outputs)
+        if self.writes:
+            self.cell.beat()
+
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        learner, data = _ours(trainer, pl_module)
+        (values, losses), self.scores = next(iter(gather(self.scores, trainer.world_size, data.frozen["val"]).values())), []
+        value, loss, step = float(values.double().mean()), float(losses.double().mean()), learner.meta_steps
+        better = value > self.best["value"] if self.best and learner.kind == "classification" else True
+        if self.best and learner.kind == "regression":
+            better = value < self.best["value"]
+        self.validated = step
+        if better:
+            self.best = {"step": step, "value": value}
+            self.save(learner, "best")
+        self.save(learner, "last")
+        self._log(trainer, step, {f"val_{learner.metric_name}": value, "val_loss": loss})
+        self._progress(trainer, learner, data, value)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        learner, data = _ours(trainer, pl_module)
+        trainer.should_stop = learner.meta_steps >= data.max_steps
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self.scores.append(outputs)
+        if self.writes:
+            self.cell.beat()
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _, data = _ours(trainer, pl_module)
+        self.test, self.scores = gather(self.scores, trainer.world_size, data.frozen["test"]), []
+
+    # ---- telling -------------------------------------------------------------------------------------------------
+
+    def _log(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+        values = {k: v if abs(v) < float("inf") else None for k, v in values.items()}  # type: ignore[misc]
+        if self.metrics:
+            self.metrics.write(step, {**values, "seconds": round(self.seconds + time.monotonic() - self._started, 3)})
+        for logger in trainer.loggers:
+            logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
+
+    def _progress(self, trainer: pl.Trainer, learner: MetaLearner, data: Episodes, value: float | None = None) -> None:
+        """One line: rewritten in place on a terminal, printed at each validation elsewhere."""
+        terminal, now = sys.stderr.isatty(), time.monotonic()
+        if not self.writes or (value is None and not (terminal and now - self._printed > 0.5)):
+            return
+        self._printed = now
+        done = learner.meta_steps - self._first
+        pace = (now - self._started) / max(1, done)
+        best = f", best {self.best['value']:.4f} at {self.best['step']}" if self.best else ""
+        shown = "" if value is None else f"  val {learner.metric_name} {value:.4f}{best}"
+        line = (
+            f"step {learner.meta_steps}/{data.max_steps}  query loss {float(learner.train_loss):.4f}{shown}"
+            f"  {1 / max(pace, 1e-9):.1f} steps/s  ETA {_clock(pace * (data.max_steps - learner.meta_steps))}"
+        )
+        end = "\n" if not terminal or value is not None else ""
+        print(("\r\033[K" if terminal else "") + line, end=end, file=sys.stderr, flush=True)
+
+
+def _ours(trainer: pl.Trainer, module: pl.LightningModule) -> tuple[MetaLearner, Episodes]:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(module, MetaLearner) and isinstance(data, Episodes)
+    return module, data
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
