@@ -113,7 +113,7 @@ def _experiments(axes: list[Axis]) -> Iterable[str]:
 def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, ...]]]:
     """The products of an experiment's grid, with the command line's axes in place of its own."""
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
-    grid = _base((f"experiment={experiment}",)).get("grid") or [{}]
+    grid = _base((f"experiment={experiment}",))[0].get("grid") or [{}]
     products = []
     for block in grid:
         own = {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
@@ -155,16 +155,33 @@ _search_path: list[str] = []
 
 
 @lru_cache(maxsize=512)
-def _base(choices: tuple[str, ...]) -> DictConfig:
-    """The configuration of a choice of members, before any key is set."""
-    extra = ["hydra.searchpath=[" + ",".join(f"file://{d}" for d in _search_path) + "]"] if _search_path else []
+def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
+    """The configuration of a choice of members, before any key is set, and the complete choice.
+
+    A paper's departures for a pair of data set and algorithm (`dataset_algorithm/<dataset>_<algorithm>`) are chosen
+    here, because Hydra does not let an interpolated group override others.
+    """
     for choice in choices:
         group, name = choice.split("=", 1)
         known = members(group, _search_path)
         if name not in (*known, "null"):
             raise BadInput(f"{group}={name}: no such {group}{nearest(name, known)}")
+    config = _compose(choices)
+    if not any(c.startswith("dataset_algorithm=") for c in choices):
+        chosen = config.hydra.runtime.choices
+        special = f"{chosen.dataset}_{chosen.algorithm}"
+        if special in members("dataset_algorithm", _search_path):
+            choices = (*choices, f"dataset_algorithm={special}")
+            config = _compose(choices)
+    with open_dict(config):
+        config.pop("hydra")
+    return config, choices
+
+
+def _compose(choices: tuple[str, ...]) -> DictConfig:
+    extra = ["hydra.searchpath=[" + ",".join(f"file://{d}" for d in _search_path) + "]"] if _search_path else []
     try:
-        return compose("config", overrides=[*choices, *extra])
+        return compose("config", overrides=[*choices, *extra], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
         raise BadInput(" ".join(str(error).split())[:300]) from None
 
@@ -182,7 +199,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
     for name in chosen:
         if "/" in name or (name not in CHOICES and "." not in name and name not in fields_of(Run)):
             raise BadInput(f"{name}: no such key or group{nearest(name, [*CHOICES, *fields_of(Run)])}")
-    base = _base(groups)
+    base, groups = _base(groups)
     values = {k: v for k, v in chosen.items() if k not in CHOICES}
     dropped = {k for k in values if not _has(base, k)}
     for name in dropped:
@@ -197,7 +214,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
 def _has(base: DictConfig, name: str) -> bool:
     node: Any = base
     for part in name.split("."):
-        if not OmegaConf.is_dict(node) or part not in node:
+        if not OmegaConf.is_dict(node) or part not in node.keys():  # `in` denies required keys without a value
             return False
         node = node._get_node(part)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import traceback
 import warnings
@@ -27,7 +26,7 @@ def main() -> None:
     register_schemas()
     sweeper.register()
     warnings.formatwarning = lambda message, category, *_: f"metalearn: {category.__name__}: {message}\n"
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
     try:
         sys.exit(_main(sys.argv[1:]))
     except BadInput as error:
@@ -47,12 +46,14 @@ def _main(arguments: list[str]) -> int:
     if parsed.hydra_help or parsed.shell_completion or parsed.info:
         return _hydra(arguments)
     found = cells.expand(overrides, dirs)
-    if parsed.cfg:
-        return _hydra(arguments)
     many = parsed.multirun or len(found) > 1
     if many and not parsed.multirun:
         _only_experiments_sweep(overrides)
         arguments = ["--multirun", *arguments]
+    else:
+        arguments = _complete(arguments, overrides, found[0]) if not many else arguments
+    if parsed.cfg:
+        return _hydra(arguments)
     pending = sweeper.unfinished(found)
     for cell in found:
         if cell not in pending and not many:
@@ -64,6 +65,12 @@ def _main(arguments: list[str]) -> int:
     if many:
         _summary(found)
     return _exit_code(found)
+
+
+def _complete(arguments: list[str], overrides: list[str], cell: cells.Cell) -> list[str]:
+    """The arguments with the choices that `cells` added."""
+    added = [o for o in cell.overrides if o.startswith("dataset_algorithm=") and o not in overrides]
+    return [*added, *arguments]
 
 
 def _only_experiments_sweep(overrides: list[str]) -> None:

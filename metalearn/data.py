@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -58,6 +59,10 @@ class Episodes(pl.LightningDataModule):
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
         return (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Episodes are fetched on the data set's device already."""
+        return batch
 
     def train_dataloader(self) -> TrainStream:
         """The meta-batches up to the next validation, each time it is iterated."""

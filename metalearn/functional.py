@@ -129,6 +129,8 @@ class _GradientDescent(Function):
     def backward(ctx: Any, *incoming: Tensor | None) -> Any:
         call, rates, n = ctx.call, ctx.rates, len(ctx.call.names)
         wanted = ctx.needs_input_grad[1:]
+        if len(ctx.steps) < call.steps:
+            raise RuntimeError("the result of gradient_descent can be differentiated once only; its steps are freed")
         inputs = [c for c, w in zip(ctx.context, wanted[2 * n :], strict=True) if w and ctx.adjoint]
         v: list[Any] = [None] * n
         to_rates: list[Any] = [None] * n
@@ -172,5 +174,5 @@ def _pull_back(grads: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Se
 
 def surrogate(value: Tensor, params: Params, grads: Params) -> Tensor:
     """`[B]` equal to `value`, whose gradient in `params` (leaves `[B, *shape]`) is `grads`."""
-    terms = [((p - p.detach()) * grads[k].detach()).flatten(1).sum(1) for k, p in params.items()]
+    terms = [((p - p.detach()) * grads[k].detach()).reshape(len(p), -1).sum(1) for k, p in params.items()]
     return value.detach() + torch.stack(terms).sum(0)

@@ -57,7 +57,7 @@ class MetaLearner(pl.LightningModule, ABC):
         inner_steps: int = 0,
         test_steps: int = 0,
         inner_loss_reduction: Literal["mean", "sum_over_shots"] = "mean",
-        chunk_bytes: int = 32 * 2**20,
+        chunk_bytes: int = 8 * 2**20,
         seed: int = 0,
     ):
         super().__init__()
@@ -245,10 +245,6 @@ class MetaLearner(pl.LightningModule, ABC):
     def test_step(self, batch: MetaBatch, batch_idx: int) -> Any:
         """Lightning's hook: scores of frozen test episodes."""
         return self.evaluate(batch, self.test_points)
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Lightning's hook: episodes are fetched on the device already."""
-        return batch
 
     def evaluate(self, batch: MetaBatch, points: dict[str, list[int]]) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
         """Adapt to frozen tasks and score them; theta is not changed and no graph is kept.

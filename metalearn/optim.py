@@ -14,8 +14,8 @@ class OuterOptimizer(ABC):
     Args:
         lr: outer learning rate (beta; Reptile's epsilon) at the start.
         schedule: `constant`; `cosine` or `linear` from `lr` to `final_lr` over all meta-steps; `step`: times
-            `factor` after every `every` meta-steps.
-        final_lr, every, factor: see `schedule`.
+            `decay_factor` after every `decay_every` meta-steps.
+        final_lr, decay_every, decay_factor: see `schedule`.
         clip_norm: bound on the global gradient norm; None for none.
         clip_value: bound on each gradient entry; None for none.
     """
@@ -26,12 +26,13 @@ class OuterOptimizer(ABC):
         lr: float,
         schedule: Literal["constant", "cosine", "linear", "step"] = "constant",
         final_lr: float = 0.0,
-        every: int = 2000,
-        factor: float = 0.5,
+        decay_every: int = 2000,
+        decay_factor: float = 0.5,
         clip_norm: float | None = None,
         clip_value: float | None = None,
     ):
-        self.lr, self.schedule, self.final_lr, self.every, self.factor = lr, schedule, final_lr, every, factor
+        self.lr, self.schedule, self.final_lr = lr, schedule, final_lr
+        self.decay_every, self.decay_factor = decay_every, decay_factor
         self.clip_norm, self.clip_value = clip_norm, clip_value
 
     def rate(self, step: int, total: int) -> float:
@@ -42,7 +43,7 @@ class OuterOptimizer(ABC):
         if self.schedule == "linear":
             return self.lr + (self.final_lr - self.lr) * progress
         if self.schedule == "step":
-            return self.lr * self.factor ** (step // self.every)
+            return self.lr * self.decay_factor ** (step // self.decay_every)
         return self.lr
 
     @abstractmethod

@@ -125,11 +125,13 @@ def table(result: Config, directory: CellDir) -> str:
         title += f", {protocol['way']}-way {protocol['shot']}-shot"
     elif protocol["shot"]:
         title += f", {protocol['shot']} shots"
+    shown = _few_steps(protocol["test_steps"])
     rows = [("metric", "mean", "95% CI (tasks)", "n", "bn", "step")]
     for name, m in result["metrics"].items():
         qualifiers = dict(q.split("=", 1) for q in name.partition("@")[2].split(",") if q)
         where = (qualifiers.get("bn", protocol["bn"]), qualifiers.get("step", str(protocol["test_steps"])))
-        rows.append((name.partition("@")[0], _number(m["mean"]), "+- " + _number(m["ci95"]), str(m["n"]), *where))
+        if int(where[1]) in shown:
+            rows.append((name.partition("@")[0], _number(m["mean"]), "+- " + _number(m["ci95"]), str(m["n"]), *where))
     rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
@@ -140,6 +142,11 @@ def table(result: Config, directory: CellDir) -> str:
         f"{result['steps']} meta-steps in {result['seconds']:.0f} s; tested: {chosen['checkpoint']} checkpoint, "
         f"step {chosen['step']}\n{directory.path / 'result.json'}"
     )
+
+
+def _few_steps(last: int) -> set[int]:
+    """The steps that the table shows: all of a few, else a selection (result.json has all)."""
+    return set(range(last + 1)) if last <= 5 else {0, 1, 2, 5, 10, 20, last}
 
 
 def _number(value: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -19,6 +20,7 @@ from metalearn.data import Episodes
 from metalearn.datasets.base import Dataset
 from metalearn.learner import Diverged, MetaLearner
 from metalearn.ledger import CellDir, Checkpoints, note_trained, trained_by, write_atomically, write_json
+from metalearn.memory import keep_freed_memory
 from metalearn.record import result_of
 from metalearn.training import Recorder
 
@@ -109,6 +111,8 @@ def run(cell: Cell) -> str:
     A killed cell continues from its last good checkpoint; a cell whose training another cell has completed only tests.
     """
     config, directory = cell.config, CellDir(cell.config["output_dir"], cell.cell_id)
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    keep_freed_memory()
     if config["trainer"]["threads"]:
         torch.set_num_threads(config["trainer"]["threads"])
     main = rank() == 0

@@ -26,6 +26,11 @@ class Stage(nn.Module, ABC):
     shape: tuple[int, ...]
     """Shape of one example after this stage."""
 
+    @property
+    def width(self) -> int:
+        """Numbers in the largest activation of one example."""
+        return math.prod(self.shape)
+
     @abstractmethod
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         """`[B, n, *shape before]` to `[B, n, *shape]`."""
@@ -111,7 +116,8 @@ class Backbone(nn.Module):
             start: site of `h`.
             stop: site to stop at; None runs to the end.
             norm: how batch norm works in this pass; None means by batch statistics.
-            on_site: maps the activations at each site that is reached, `start` excepted unless it is the input.
+            on_site: maps the activations at each site that is reached, `start` excepted unless it is the input (a
+                pass that also stops there does nothing, so that a second one from there calls it once).
 
         Returns:
             Activations at `stop`, `[B, n, *shape]`.
@@ -119,7 +125,7 @@ class Backbone(nn.Module):
         norm = norm or Normalization()
         sites = self.sites
         first, last = sites.index(start), len(sites) - 1 if stop is None else sites.index(stop)
-        if on_site is not None and first == 0:
+        if on_site is not None and first == 0 < last:
             h = on_site(h, "input")
         for name in sites[first + 1 : last + 1]:
             h = self.stage(name).apply_stage(params, h, norm)
@@ -144,6 +150,6 @@ class Backbone(nn.Module):
             nn.init.xavier_uniform_(parameter, generator=generator)
 
     def activation_bytes(self, n: int) -> int:
-        """Bytes of the stages' outputs for `n` examples of one task: the unit in which tasks are chunked."""
+        """Bytes of the stages' largest activations for `n` examples of one task: the unit in which tasks are chunked."""
         size = next(self.parameters()).element_size()
-        return n * size * sum(math.prod(self.stage(s).shape) for s in self.stages)
+        return n * size * sum(self.stage(s).width for s in self.stages)

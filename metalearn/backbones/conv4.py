@@ -1,5 +1,6 @@
 """Four convolutional blocks (Vinyals et al. 2016; Finn et al. 2017) in the variants that papers use."""
 
+import math
 from typing import Literal
 
 import torch
@@ -46,6 +47,11 @@ class Block(Stage):
         self.bn = bn
         halve = (lambda s: (s + 1) // 2) if self.stride == 2 else (lambda s: s // 2)
         self.shape = (width, halve(shape[1]), halve(shape[2]))
+
+    @property
+    def width(self) -> int:
+        """The convolution's output, before pooling."""
+        return math.prod(self.shape) * (1 if self.stride == 2 else 4)
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         def get(name: str) -> Tensor | None:

@@ -65,14 +65,11 @@ def batch_norm(
         if norm.record:
             norm.seen[layer] = _moments(x, before)
         return _own_statistics(x, weight, bias, eps)
-    if norm.given is not None:
-        mean, var, _ = norm.given[layer]
-        mean = mean if before is None else mean - before
-        y = (x - _channels(mean)) * _channels(torch.rsqrt(var + eps))
-    else:
-        sets = x.unflatten(1, (norm.sets, -1))
-        variance, average = torch.var_mean(sets, dim=(2, 4, 5), keepdim=True, correction=0)
-        y = ((sets - average) * torch.rsqrt(variance + eps)).flatten(1, 2)
+    if norm.given is None:
+        return _set_statistics(x, weight, bias, eps, norm.sets)
+    mean, var, _ = norm.given[layer]
+    mean = mean if before is None else mean - before
+    y = (x - _channels(mean)) * _channels(torch.rsqrt(var + eps))
     if weight is not None:
         y = y * _channels(weight)
     return y if bias is None else y + _channels(bias)
@@ -95,8 +92,21 @@ def _own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     gamma = x.new_ones(channels) if weight is None else weight
     beta = x.new_zeros(channels) if bias is None else bias
     flat = x.transpose(0, 1).flatten(1, 2)
-    y = _BatchNorm.apply(flat, gamma.expand(tasks, -1).flatten(), beta.expand(tasks, -1).flatten(), eps)
+    # contiguous: with one channel the expanded vector is a view of stride 0, and the CPU kernel ignores strides
+    scale, offset = (p.expand(tasks, -1).flatten().contiguous() for p in (gamma, beta))
+    y = _BatchNorm.apply(flat, scale, offset, eps)
     return y.unflatten(1, (tasks, channels)).transpose(0, 1)
+
+
+def _set_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sets: int) -> Tensor:
+    """Normalise each task, channel and set over the set's own examples and pixels."""
+    tasks, n, channels, height, width = x.shape
+    rows = x.permute(1, 3, 4, 0, 2).reshape(sets, -1, tasks, channels)
+    centred = rows - rows.mean(1, keepdim=True)
+    var = torch.linalg.vector_norm(centred, dim=1, keepdim=True).square() / rows.shape[1]
+    scale = torch.rsqrt(var + eps) * (1.0 if weight is None else weight)
+    y = centred * scale if bias is None else torch.addcmul(bias, centred, scale)
+    return y.reshape(n, height, width, tasks, channels).permute(3, 0, 4, 1, 2)
 
 
 class _BatchNorm(Function):

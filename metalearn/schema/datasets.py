@@ -61,13 +61,14 @@ class ImageDataset(Dataset):
         known = cls.capacity(dataset) or {}
         for split, (classes, pictures) in known.items():
             prefix = "" if split == "train" else "test_"
-            way, shot, queries = (dataset[prefix + k] or dataset[k] for k in ("way", "shot", "queries"))
+            names = {k: f"{prefix}{k}" if dataset[prefix + k] is not None else k for k in ("way", "shot", "queries")}
+            way, shot, queries = (dataset[name] for name in names.values())
             if way > classes:
-                yield f"dataset.{prefix}way={way}: must be <= {classes}, the classes of split '{split}'"
+                yield f"dataset.{names['way']}={way}: must be <= {classes}, the classes of split '{split}'"
             if shot + queries > pictures:
                 yield (
-                    f"dataset.{prefix}shot + dataset.{prefix}queries = {shot + queries} exceeds the {pictures} "
-                    f"pictures of a class in split '{split}'; lower dataset.{prefix}queries"
+                    f"dataset.{names['shot']} + dataset.{names['queries']} = {shot + queries}: must be <= {pictures}, "
+                    f"the pictures of a class in split '{split}'; lower dataset.{names['queries']}"
                 )
 
 

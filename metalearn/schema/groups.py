@@ -32,7 +32,7 @@ class Trainer:
     accelerator: str = key("auto", "auto, cpu or cuda", touches="none", choices=("auto", "cpu", "cuda"))
     devices: int = key(1, "processes, one device each; the tasks of a meta-step are divided among them", ge=1, touches="none")
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
-    chunk_mib: float = key(16.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
+    chunk_mib: float = key(8.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
     meta_steps_per_call: int = key(1, "meta-steps in one call of Lightning's training_step", ge=1, touches="none")
     log_every: int = key(10, "meta-steps between lines of metrics.jsonl", ge=1, touches="none")
     save_seconds: float = key(60.0, "seconds between checkpoints (besides one after each validation)", gt=0, touches="none")
