@@ -71,7 +71,7 @@ def sets_with_support(x: Tensor, support: Tensor) -> Tensor:
 
 def task_mean(seen: Statistics) -> Statistics:
     """Statistics averaged over the task axis, `[B, C]` to `[C]`."""
-    return {k: Moments(m.mean.mean(0), m.var.mean(0), m.count) for k, m in seen.items()}
+    return {k: Moments(m.mean.mean(0), m.var.mean(0), m.size) for k, m in seen.items()}
 
 
 class RunningStatistics(nn.Module):
@@ -84,9 +84,8 @@ class RunningStatistics(nn.Module):
 
     def __init__(self, net: Backbone):
         super().__init__()
-        self.layers = {
-            f"{name}.norm": stage.shape[0] for name, stage in net.named_children() if getattr(stage, "bn", False)
-        }
+        stages = [net.stage(name) for name in net.stages]
+        self.layers = {f"{stage.name}.norm": stage.shape[0] for stage in stages if stage.normalizes}
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
         for layer, width in self.layers.items():
             self.register_buffer(_buffer(layer, "mean"), torch.zeros(width))
@@ -103,7 +102,7 @@ class RunningStatistics(nn.Module):
         weight = self.momentum if int(self.get_buffer("steps")) else 1.0
         self.get_buffer("steps").add_(1)
         for layer, moments in seen.items():
-            unbiased = moments.var * (moments.count / max(1, moments.count - 1))
+            unbiased = moments.var * (moments.size / max(1, moments.size - 1))
             self._get(layer, "mean").lerp_(moments.mean, weight)
             self._get(layer, "var").lerp_(unbiased, weight)
 

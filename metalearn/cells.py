@@ -63,7 +63,8 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Ce
         products = [{a.name: a.values for a in axes}]
         if any(a.name == "experiment" for a in axes):
             products = [p for e in _experiments(axes) for p in _with_grid(e, axes)]
-        cells, unused = {}, {name for p in products for name in p}
+        cells: dict[str, Cell] = {}
+        unused = {name for p in products for name in p}
         for product in products:
             for chosen in itertools.product(*product.values()):
                 cell, dropped = _cell(dict(zip(product, chosen, strict=True)), sweep=_is_sweep(products))
@@ -173,8 +174,9 @@ def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
         if special in members("dataset_algorithm", _search_path):
             choices = (*choices, f"dataset_algorithm={special}")
             config = _compose(choices)
+    OmegaConf.set_readonly(config, False)
     with open_dict(config):
-        config.pop("hydra")
+        del config["hydra"]
     return config, choices
 
 
@@ -233,15 +235,12 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
     config = OmegaConf.create(OmegaConf.to_container(base, resolve=False))
     for override in OverridesParser.create().parse_overrides(list(assignments)):
         OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
-    with open_dict(config):
-        config.pop("grid", None)
-        config.pop("hydra", None)
     try:
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise BadInput(str(error).splitlines()[0]) from None
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items()}
+    return {str(k): v for k, v in plain.items() if k not in ("grid", "hydra")}
 
 
 def from_composed(config: DictConfig) -> Cell:

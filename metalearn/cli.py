@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from metalearn import cells, sweeper
 from metalearn.help import usage
-from metalearn.ledger import Busy, CellDir
+from metalearn.ledger import Busy, CellDir, leads
 from metalearn.paths import conf_dir
 from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
@@ -89,7 +89,7 @@ def _task(config: DictConfig) -> str | None:
     """Hydra's task function: run the cell that a composed configuration means."""
     cell = cells.from_composed(config)
     directory = CellDir(cell.config["output_dir"], cell.cell_id)
-    leader = _is_leader()
+    leader = leads()
     try:
         if leader:
             directory.acquire()
@@ -114,12 +114,6 @@ def _task(config: DictConfig) -> str | None:
     finally:
         if leader:
             directory.release()
-
-
-def _is_leader() -> bool:
-    from os import environ
-
-    return int(next((environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in environ), 0)) == 0
 
 
 def _show(cell: cells.Cell, note: str = "") -> None:

@@ -87,9 +87,7 @@ def unrolled(
 class _Descent:
     """The constants of one `gradient_descent` call."""
 
-    def __init__(
-        self, loss: Loss, names: list[str], structure: Any, steps: int, first_order: bool, remember: bool
-    ):
+    def __init__(self, loss: Loss, names: list[str], structure: Any, steps: int, first_order: bool, remember: bool):
         self.loss, self.names, self.structure, self.steps = loss, names, structure, steps
         self.first_order, self.remember = first_order, remember
 

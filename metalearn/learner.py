@@ -22,6 +22,8 @@ from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
 When = Literal["inner", "query"]
+Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]
+"""(batch-norm mode, step) -> metric and loss of each task, `[B]` each."""
 
 
 class Diverged(RuntimeError):
@@ -102,9 +104,7 @@ class MetaLearner(pl.LightningModule, ABC):
         """Default: the query loss of the adapted parameters, with batch statistics."""
         phi = self.adapt(theta, episodes.support, steps=self.inner_steps, key=key)[-1]
         norm = Normalization(record=True)
-        prediction = self.predict(
-            theta, phi, episodes.query.x, support=episodes.support, bn="batch", record=norm
-        )
+        prediction = self.predict(theta, phi, episodes.query.x, support=episodes.support, bn="batch", record=norm)
         loss = self.loss(prediction, episodes.query.y)
         return TaskOutput(loss, prediction, phi, {}, norm.seen, {})
 
@@ -212,7 +212,9 @@ class MetaLearner(pl.LightningModule, ABC):
         what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if bad else "outer gradient"
         rate = getattr(self, "alpha", None)
         alpha = "" if rate is None else f", algorithm.alpha = {rate}"
-        raise Diverged(f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}")
+        raise Diverged(
+            f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}"
+        )
 
     def training_step(self, batch: list[MetaBatch], batch_idx: int) -> None:
         """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""
@@ -246,7 +248,7 @@ class MetaLearner(pl.LightningModule, ABC):
         """Lightning's hook: scores of frozen test episodes."""
         return self.evaluate(batch, self.test_points)
 
-    def evaluate(self, batch: MetaBatch, points: dict[str, list[int]]) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    def evaluate(self, batch: MetaBatch, points: dict[str, list[int]]) -> Scores:
         """Adapt to frozen tasks and score them; theta is not changed and no graph is kept.
 
         Args:
@@ -257,15 +259,13 @@ class MetaLearner(pl.LightningModule, ABC):
             (mode, step) -> (metric `[B]`, loss `[B]`).
         """
         theta = {group: {k: p.detach() for k, p in params.items()} for group, params in self.theta().items()}
-        parts: list[dict[tuple[str, int], tuple[Tensor, Tensor]]] = []
+        parts: list[Scores] = []
         for chunk in self.chunks(batch.episodes):
             with torch.no_grad():
                 parts.append(self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points))
-        return {point: (torch.cat([p[point][0] for p in parts]), torch.cat([p[point][1] for p in parts])) for point in parts[0]}
+        return {p: (torch.cat([s[p][0] for s in parts]), torch.cat([s[p][1] for s in parts])) for p in parts[0]}
 
-    def _score(
-        self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]
-    ) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    def _score(self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]) -> Scores:
         trajectory = self.adapt(theta, episodes.support, steps=self.test_steps, key=key)
         scores = {}
         for bn, steps in points.items():

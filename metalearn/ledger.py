@@ -141,9 +141,10 @@ class Checkpoints:
         buffer = io.BytesIO()
         write(buffer)
         data = buffer.getvalue()
-        entry = {"file": f"{kind}-{step:08d}.ckpt", "step": step, "sha256": hashlib.sha256(data).hexdigest()}
-        write_atomically(self.folder / entry["file"], data)
-        old = [e for e in self.generations(kind) if e["file"] != entry["file"]]
+        name = f"{kind}-{step:08d}.ckpt"
+        entry = {"file": name, "step": step, "sha256": hashlib.sha256(data).hexdigest()}
+        write_atomically(self.folder / name, data)
+        old = [e for e in self.generations(kind) if e["file"] != name]
         write_json(self.folder / f"{kind}.json", [entry, *old[:1]])
         for stale in old[1:]:
             (self.folder / stale["file"]).unlink(missing_ok=True)
@@ -161,6 +162,11 @@ class Checkpoints:
                 if hashlib.sha256(data).hexdigest() == entry["sha256"]:
                     return entry, data
         return None
+
+
+def leads() -> bool:
+    """Whether this process is the one of its run that writes files (rank 0)."""
+    return int(next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), 0)) == 0
 
 
 def now() -> str:

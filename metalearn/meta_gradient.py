@@ -155,7 +155,7 @@ def _all_reduce(grads: list[Tensor], seen: Statistics, state: dict[str, Any], sh
     for tensor in (*grads, *means):
         dist.all_reduce(tensor)
     moments = iter(means)
-    seen = {k: Moments(next(moments), next(moments), m.count) for k, m in seen.items()}
+    seen = {k: Moments(next(moments), next(moments), m.size) for k, m in seen.items()}
     return seen, {k: next(moments) for k in names}
 
 

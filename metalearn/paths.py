@@ -10,7 +10,8 @@ def conf_dir() -> str:
         FileNotFoundError: if there is none.
     """
     here = Path(__file__).resolve().parent
-    for folder in (here.parent / "conf", here / "conf"):
-        if (folder / "config.yaml").is_file() and (folder == here / "conf" or (here.parent / "pyproject.toml").is_file()):
+    checkout = (here.parent / "pyproject.toml").is_file()  # an editable install leaves a stale copy in the package
+    for folder in (here.parent / "conf", here / "conf") if checkout else (here / "conf",):
+        if (folder / "config.yaml").is_file():
             return str(folder)
     raise FileNotFoundError("no conf/ in the package or at the repository root")

@@ -28,22 +28,22 @@ def result_of(
     learner: MetaLearner,
     recorder: Recorder,
     episodes: pd.DataFrame,
+    source: tuple[str | None, bool | None],
     headline: str,
     step: int,
     seconds: float,
     error: str | None,
 ) -> Config:
-    """The content of result.json (contract, section 3)."""
+    """The content of result.json (contract, section 3); `source` is `git_state` when the run began."""
     config = cell.config
     last = int(episodes["step"].max()) if len(episodes) else 0
-    commit, dirty = git_state()
     result = {
         "cell_id": cell.cell_id,
         "train_id": cell.train_id,
         "config": config,
         "config_hash": config_hash(config),
-        "git_commit": commit,
-        "git_dirty": dirty,
+        "git_commit": source[0],
+        "git_dirty": source[1],
         "seed": config["seed"],
         "versions": versions(),
         "data_hash": cell.data_hash,
@@ -56,15 +56,14 @@ def result_of(
     return result if error is None else result | {"error": error}
 
 
-def protocol(
-    cell: Cell, learner: MetaLearner, recorder: Recorder, headline: str, step: int, last: int
-) -> Config:
+def protocol(cell: Cell, learner: MetaLearner, recorder: Recorder, headline: str, step: int, last: int) -> Config:
     """How the numbers were obtained."""
     data, evaluation = cell.config["dataset"], cell.config["evaluation"]
     best = recorder.best if evaluation["checkpoint"] == "best" else None
     rule = {"checkpoint": "last", "step": step}
     if best:
-        by = f"mean {learner.metric_name} of {cell.config['trainer']['val_episodes']} episodes of the val split, bn={headline}"
+        episodes = cell.config["trainer"]["val_episodes"]
+        by = f"mean {learner.metric_name} of {episodes} episodes of the val split, bn={headline}"
         rule = {"checkpoint": "best", "step": best["step"], "by": by, "value": best["value"]}
     return {
         "label_assignment": data.get("label_assignment"),
@@ -134,7 +133,11 @@ def table(result: Config, directory: CellDir) -> str:
             rows.append((name.partition("@")[0], _number(m["mean"]), "+- " + _number(m["ci95"]), str(m["n"]), *where))
     rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    aligned = [
+        [c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))]
+        for r in rows
+    ]
+    lines = ["  ".join(row) for row in aligned]
     end = "" if result["status"] == "done" else f"DIVERGED: {result['error']}\n"
     chosen = protocol["selection"]
     return (

@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 import os
 import time
-import warnings
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import Logger
 
 from metalearn.cells import Cell
 from metalearn.data import Episodes
 from metalearn.datasets.base import Dataset
 from metalearn.learner import Diverged, MetaLearner
-from metalearn.ledger import CellDir, Checkpoints, note_trained, trained_by, write_atomically, write_json
+from metalearn.ledger import CellDir, Checkpoints, leads, note_trained, trained_by, write_atomically, write_json
+from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
-from metalearn.record import result_of
+from metalearn.record import git_state, result_of
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
@@ -72,39 +71,6 @@ def build_data(config: Config, dataset: Dataset) -> Episodes:
     )
 
 
-def build_logger(config: Config, cell: CellDir, attempt: int) -> Logger | None:
-    """The mirror of the training log; None if there is none, or if W&B cannot start."""
-    section = config["logger"]
-    if section["name"] == "csv":
-        return CSVLogger(cell.path, name="csv", version=f"attempt_{attempt}")
-    if section["name"] == "none":
-        return None
-    os.environ.setdefault("WANDB_MODE", "offline")
-    os.environ.setdefault("WANDB_SILENT", "true")
-    tags = [config["algorithm"]["name"], config["dataset"]["name"], *section["tags"]]
-    try:
-        logger = WandbLogger(
-            project=section["project"],
-            save_dir=str(cell.path),
-            id=f"{cell.cell_id}-{attempt}",
-            group=section["group"],
-            job_type="train",
-            tags=tags,
-            config=config,
-            offline=os.environ["WANDB_MODE"] != "online",
-        )
-        logger.experiment.define_metric("*")
-    except Exception as error:  # W&B must never stop a run
-        warnings.warn(f"logging to W&B is off: {error}", stacklevel=2)
-        return None
-    return logger
-
-
-def rank() -> int:
-    """This process's rank before Lightning knows it."""
-    return int(next((os.environ[k] for k in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if k in os.environ), 0))
-
-
 def run(cell: Cell) -> str:
     """Train and test one cell; returns how it ended: done, diverged, failed or killed.
 
@@ -115,7 +81,7 @@ def run(cell: Cell) -> str:
     keep_freed_memory()
     if config["trainer"]["threads"]:
         torch.set_num_threads(config["trainer"]["threads"])
-    main = rank() == 0
+    main = leads()
     attempt = directory.start(config, cell.train_id) if main else 0
     if main:
         import yaml
@@ -137,7 +103,7 @@ def run(cell: Cell) -> str:
 
 
 def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) -> str:
-    config, t = cell.config, cell.config["trainer"]
+    config, t, code = cell.config, cell.config["trainer"], git_state()
     dataset: Dataset = build("dataset", config["dataset"])
     learner, data = build_learner(config, dataset), build_data(config, dataset)
     modes = config["evaluation"]["bn_modes"] if learner.net.has_norm else ["none"]
@@ -165,7 +131,7 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
     seconds = recorder.seconds + time.monotonic() - seconds
     if main:
         rows = episode_rows(recorder, learner, dataset)
-        result = result_of(cell, learner, recorder, rows, modes[0], step, seconds, error)
+        result = result_of(cell, learner, recorder, rows, code, modes[0], step, seconds, error)
         _write_result(directory, rows, result, logger)
     return "done" if error is None else "diverged"
 
@@ -228,16 +194,8 @@ def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger
     part = directory.path / ".episodes.parquet.part"
     rows.to_parquet(part, index=False)
     os.replace(part, directory.path / "episodes.parquet")
-    if isinstance(logger, WandbLogger):
-        import wandb
-
-        summary = {name.replace("@", "_").replace("=", "_").replace(",", "_"): m["mean"] for name, m in result["metrics"].items()}
-        try:
-            logger.experiment.summary.update({"test_" + k: v for k, v in summary.items()})
-            wandb.finish()
-        except Exception as error:  # W&B must never stop a run
-            warnings.warn(f"W&B did not take the result: {error}", stacklevel=2)
+    close(logger, result["metrics"])
     write_json(directory.path / "result.json", result)
 
 
-__all__ = ["build", "build_learner", "build_logger", "build_trainer", "fit", "run", "Path"]
+__all__ = ["build", "build_learner", "build_logger", "build_trainer", "fit", "run"]

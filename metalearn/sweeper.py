@@ -12,7 +12,6 @@ from omegaconf import DictConfig
 from metalearn.cells import Cell, expand
 from metalearn.ledger import CellDir
 
-
 CONFIG_DIRS: list[str] = []
 """Folders of --config-dir, which Hydra does not hand to a sweeper."""
 
@@ -29,6 +28,7 @@ class CellSweeper(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         """Launch; failures are read from the cells' files, so none stops the others."""
         pending = unfinished(expand(arguments, CONFIG_DIRS))
+        assert self.launcher is not None
         if pending:
             self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
 

@@ -12,13 +12,10 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from metalearn.data import Episodes
-from metalearn.learner import MetaLearner
+from metalearn.learner import MetaLearner, Scores
 from metalearn.ledger import CellDir, Checkpoints
-
-Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]
 
 
 class MetricsFile:
@@ -36,7 +33,7 @@ class MetricsFile:
             file.write(json.dumps({"attempt": self.attempt, "step": step, **values}, allow_nan=False) + "\n")
 
 
-def gather(scores: list[Scores], ranks: int, total: int) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+def gather(scores: list[Scores], ranks: int, total: int) -> Scores:
     """All episodes' scores in the order of their index, from stacks dealt out to ranks in turn."""
     mine = {p: tuple(torch.cat([s[p][i].cpu() for s in scores]) for i in (0, 1)) for p in (scores[0] if scores else {})}
     parts: list[Any] = [mine]
@@ -73,7 +70,7 @@ class Recorder(pl.Callback):
         self.test: Scores = {}
         self.seconds = 0.0
         self._saved = self._printed = self._started = time.monotonic()
-        self._logged = 0
+        self._logged = self._first = 0
 
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
@@ -118,7 +115,7 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._started = self._saved = time.monotonic()
-        self._first = pl_module.meta_steps
+        self._first = _ours(trainer, pl_module)[0].meta_steps
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -145,11 +142,11 @@ class Recorder(pl.Callback):
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         learner, data = _ours(trainer, pl_module)
-        (values, losses), self.scores = next(iter(gather(self.scores, trainer.world_size, data.frozen["val"]).values())), []
+        gathered, self.scores = gather(self.scores, trainer.world_size, data.frozen["val"]), []
+        ((values, losses),) = gathered.values()
         value, loss, step = float(values.double().mean()), float(losses.double().mean()), learner.meta_steps
-        better = value > self.best["value"] if self.best and learner.kind == "classification" else True
-        if self.best and learner.kind == "regression":
-            better = value < self.best["value"]
+        sign = 1 if learner.kind == "classification" else -1  # accuracy rises, error falls
+        better = self.best is None or sign * value > sign * self.best["value"]
         self.validated = step
         if better:
             self.best = {"step": step, "value": value}

@@ -72,7 +72,7 @@ def generator(seed: int) -> torch.Generator:
 
 def normal(*shape: int, seed: int) -> Tensor:
     """Standard normal numbers."""
-    return torch.randn(*shape, dtype=torch.float64, generator=generator(seed))
+    return torch.randn(shape, dtype=torch.float64, generator=generator(seed))
 
 
 def pictures(tasks: int = 4, *, way: int = 3, shot: int = 2, queries: int = 2, side: int = 6, seed: int = 0) -> Episode:
@@ -175,7 +175,8 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
         seen: filled with the (mean, variance) of each layer.
     """
     for name in net.stages:
-        stage, own = net.stage(name), {k.removeprefix(f"{name}."): v for k, v in params.items()}
+        stage = net.stage(name)
+        own = {k.removeprefix(f"{name}."): v for k, v in params.items() if k.startswith(f"{name}.")}
         if isinstance(stage, Block):
             x = F.conv2d(x, own["conv.weight"], own.get("conv.bias"), stage.stride, padding=1)
             if stage.bn:
@@ -202,7 +203,13 @@ def loss(prediction: Tensor, y: Tensor) -> Tensor:
 
 
 def descend(
-    net: Backbone, theta: Tree, task: Examples, alpha: float, steps: int, moving: Sequence[str], first_order: bool = False
+    net: Backbone,
+    theta: Tree,
+    task: Examples,
+    alpha: float,
+    steps: int,
+    moving: Sequence[str],
+    first_order: bool = False,
 ) -> Tree:
     """Gradient steps of one task on the parameters named `moving`."""
     phi = dict(theta)

@@ -187,7 +187,7 @@ def test_pictures(dataset, split):
     pictures = dataset.split(split)
     classes = len(glyph_inventory.classes()[split])
     assert pictures.images.dtype == torch.uint8 and pictures.images.shape == (20 * classes, 1, 28, 28)
-    assert pictures.count.tolist() == [20] * classes and pictures.first.tolist() == list(range(0, 20 * classes, 20))
+    assert pictures.sizes.tolist() == [20] * classes and pictures.first.tolist() == list(range(0, 20 * classes, 20))
     assert len(set(pictures.names)) == len(pictures.names) == classes
     flat = pictures.images.flatten(1)
     assert flat.min() == 0 and flat.max() == 255

@@ -116,7 +116,7 @@ def test_pictures_are_those_of_their_classes_in_order(Small, root):
     """Row 20 c + d is drawing d + 1 of the c-th character by name."""
     pictures = Small(root=root, rotations=False).split("train")
     assert pictures.names == ("Alpha/character02", "Beta/character01", "Beta/character03", "Gamma_(Old)/character02")
-    assert pictures.first.tolist() == [0, 20, 40, 60] and pictures.count.tolist() == [20] * 4
+    assert pictures.first.tolist() == [0, 20, 40, 60] and pictures.sizes.tolist() == [20] * 4
     numbers = {"Alpha/character02": 5, "Beta/character01": 1, "Beta/character03": 3, "Gamma_(Old)/character02": 2}
     for name, first in zip(pictures.names, pictures.first, strict=True):
         ink = np.stack([drawing(f"{name}/{numbers[name]:04d}_{d:02d}.png") for d in range(1, 21)])

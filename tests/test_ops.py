@@ -117,7 +117,11 @@ def plain_norm(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
 
 
 def fast_norm(
-    x: Tensor, gamma: Tensor | None, beta: Tensor | None, before: Tensor | None = None, norm: Normalization | None = None
+    x: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    before: Tensor | None = None,
+    norm: Normalization | None = None,
 ) -> Tensor:
     return batch_norm(x, gamma, beta, before, layer="norm", eps=EPS, norm=norm or Normalization())
 

@@ -31,7 +31,7 @@ class Reptile(MetaLearner):
     """theta moves towards the parameters U_i(theta) that `inner_steps` inner steps on task i end at.
 
     Support and query examples are pooled in training. The outer optimizer receives the pseudo-gradient
-    theta - U_i(theta), averaged over tasks: with SGD of rate epsilon, theta <- theta + epsilon mean(U_i(theta) - theta).
+    theta - U_i(theta), averaged over tasks; SGD of rate epsilon then makes theta <- theta + epsilon mean(U_i - theta).
 
     Args:
         alpha: learning rate of the inner optimizer.

@@ -25,6 +25,8 @@ class Stage(nn.Module, ABC):
     name: str
     shape: tuple[int, ...]
     """Shape of one example after this stage."""
+    normalizes: bool = False
+    """Whether the stage has a batch-norm layer, `<name>.norm`."""
 
     @property
     def width(self) -> int:
@@ -72,7 +74,7 @@ class Backbone(nn.Module):
     @property
     def has_norm(self) -> bool:
         """Whether some layer normalises by batch statistics; if not, all batch-norm modes agree."""
-        return any(".norm" in name or name.endswith("norm") for name, _ in self.named_modules())
+        return any(self.stage(name).normalizes for name in self.stages)
 
     def shapes(self) -> dict[str, torch.Size]:
         """Shape of every parameter without a task axis."""
@@ -150,6 +152,6 @@ class Backbone(nn.Module):
             nn.init.xavier_uniform_(parameter, generator=generator)
 
     def activation_bytes(self, n: int) -> int:
-        """Bytes of the stages' largest activations for `n` examples of one task: the unit in which tasks are chunked."""
+        """Bytes of the stages' largest activations for `n` examples of a task: the unit in which tasks are chunked."""
         size = next(self.parameters()).element_size()
         return n * size * sum(self.stage(s).width for s in self.stages)

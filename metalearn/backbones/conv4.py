@@ -1,6 +1,7 @@
 """Four convolutional blocks (Vinyals et al. 2016; Finn et al. 2017) in the variants that papers use."""
 
 import math
+from functools import partial
 from typing import Literal
 
 import torch
@@ -36,7 +37,16 @@ class Block(Stage):
     """
 
     def __init__(
-        self, name: str, shape: tuple[int, ...], width: int, *, downsample: str, bn: bool, bias: bool, affine: str, eps: float
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        width: int,
+        *,
+        downsample: str,
+        bn: bool,
+        bias: bool,
+        affine: str,
+        eps: float,
     ):
         super().__init__()
         self.name, self.eps = name, eps
@@ -44,7 +54,7 @@ class Block(Stage):
         self.conv = _Filters(shape[0], width, bias)
         if bn:
             self.norm = _Affine(width, affine)
-        self.bn = bn
+        self.normalizes = bn
         halve = (lambda s: (s + 1) // 2) if self.stride == 2 else (lambda s: s // 2)
         self.shape = (width, halve(shape[1]), halve(shape[2]))
 
@@ -59,7 +69,7 @@ class Block(Stage):
 
         h = conv2d(h, params[f"{self.name}.conv.weight"], stride=self.stride, padding=1)
         bias = get("conv.bias")
-        if self.bn:
+        if self.normalizes:
             gamma, beta = get("norm.weight"), get("norm.bias")
             h = batch_norm(h, gamma, beta, bias, layer=f"{self.name}.norm", eps=self.eps, norm=norm)
         elif bias is not None:
@@ -124,12 +134,14 @@ class Conv4(Backbone):
     ):
         stages: list[Stage] = []
         shape = input_shape
-        options = {"downsample": downsample, "bn": bn, "bias": conv_bias, "affine": bn_affine, "eps": bn_eps}
+        block = partial(Block, width=width, downsample=downsample, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
         for i in range(blocks):
-            stages.append(Block(f"block{i + 1}", shape, width, **options))
+            stages.append(block(f"block{i + 1}", shape))
             shape = stages[-1].shape
         if 0 in shape:
-            raise ValueError(f"backbone.blocks = {blocks} leaves no pixel of a {input_shape[1]}x{input_shape[2]} picture")
+            raise ValueError(
+                f"backbone.blocks = {blocks} leaves no pixel of a {input_shape[1]}x{input_shape[2]} picture"
+            )
         stages.append(_Readout(shape, readout))
         if outputs:
             stages.append(Linear("head", stages[-1].shape[0], outputs))

@@ -22,13 +22,13 @@ class ClassImages(NamedTuple):
     """The pictures of one split, sorted by class.
 
     images: uint8 `[M, C, H, W]`; ink or brightness 0..255, divided by 255 when fetched.
-    first: int64 `[classes]`, the row of each class's first picture; count: int64 `[classes]`, pictures per class.
+    first: int64 `[classes]`, the row of each class's first picture; sizes: int64 `[classes]`, pictures per class.
     names: one per class, in that order.
     """
 
     images: Tensor
     first: Tensor
-    count: Tensor
+    sizes: Tensor
     names: tuple[str, ...]
 
 
@@ -115,11 +115,11 @@ class ImageDataset(Dataset):
         if split not in self._splits:
             pictures = self.load(split)
             way, shot, queries = self._sizes[split]
-            smallest = int(pictures.count.min())
+            smallest = int(pictures.sizes.min())
             if len(pictures.names) < way:
                 raise ValueError(f"dataset.way = {way} exceeds the {len(pictures.names)} classes of split '{split}'")
             if smallest < shot + queries:
-                name = pictures.names[int(pictures.count.argmin())]
+                name = pictures.names[int(pictures.sizes.argmin())]
                 raise ValueError(
                     f"dataset.shot + dataset.queries = {shot + queries} exceeds the {smallest} images of class "
                     f"'{name}' in split '{split}'; lower dataset.queries"
@@ -145,7 +145,7 @@ class ImageDataset(Dataset):
         classes = self._classes(split, key, step, task)
         slot = torch.arange(way)
         rows = key.sub("pictures").choice(
-            shot + queries, step[..., None], task[..., None], slot, size=pictures.count[classes]
+            shot + queries, step[..., None], task[..., None], slot, size=pictures.sizes[classes]
         )
         return {"class_ids": classes, "rows": rows + pictures.first[classes][..., None]}
 

@@ -53,7 +53,9 @@ class _DataGradient(Function):
     def forward(ctx: Any, g: Tensor, w: Tensor, shape: torch.Size, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(g, w)
         ctx.geometry = geometry
-        x = torch.empty(shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last)  # only its shape is read
+        x = torch.empty(
+            shape, dtype=g.dtype, device=g.device, memory_format=torch.channels_last
+        )  # only its shape is read
         return _backward(g, x, w, geometry, data=True)
 
     @staticmethod

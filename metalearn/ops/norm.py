@@ -9,11 +9,11 @@ from torch.autograd import Function
 
 
 class Moments(NamedTuple):
-    """Mean and (biased) variance of a layer's input, each `[B, C]` or shared `[C]`, over `count` values."""
+    """Mean and (biased) variance of a layer's input, each `[B, C]` or shared `[C]`, over `size` values."""
 
     mean: Tensor
     var: Tensor
-    count: int
+    size: int
 
 
 Statistics = dict[str, Moments]
@@ -51,7 +51,8 @@ def batch_norm(
 
     Args:
         x: `[B, n, C, H, W]` without the bias of the layer before.
-        weight, bias: gamma and beta, `[C]` or `[B, C]`; None for 1 and 0.
+        weight: gamma, `[C]` or `[B, C]`; None for 1.
+        bias: beta, `[C]` or `[B, C]`; None for 0.
         before: the preceding layer's bias, `[C]` or `[B, C]`. With batch statistics it cancels exactly and is not
             even added, so its gradient is exactly zero.
         layer: name under which statistics are looked up and recorded.
@@ -169,9 +170,7 @@ def _native(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The library's kernel: gamma r P g (if `data`), sum g z and sum g for each channel, in one pass."""
     g = g.contiguous(memory_format=torch.channels_last)
-    return torch.ops.aten.native_batch_norm_backward(
-        g, x, gamma, None, None, mean, r, True, 0.0, [data, True, True]
-    )
+    return torch.ops.aten.native_batch_norm_backward(g, x, gamma, None, None, mean, r, True, 0.0, [data, True, True])
 
 
 def _differentiable_double_backward(ctx: Any, grads: tuple[Tensor, ...]) -> Any:

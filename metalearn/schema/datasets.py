@@ -43,7 +43,9 @@ class ImageDataset(Dataset):
     shot: int = key(1, "support pictures a class in training (K)", ge=1)
     queries: int = key(5, "query pictures a class in training", ge=1)
     test_way: int | None = key(None, "classes of a validation or test task; null means as in training", ge=2)
-    test_shot: int | None = key(None, "support pictures a class in validation and test; null means as in training", ge=1)
+    test_shot: int | None = key(
+        None, "support pictures a class in validation and test; null means as in training", ge=1
+    )
     test_queries: int | None = key(15, "query pictures a class in validation and test; null means as in training", ge=1)
     label_assignment: str = key(
         "mutually_exclusive",
@@ -82,7 +84,9 @@ class Glyphs(ImageDataset):
 
     @classmethod
     def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
-        return {split: (classes, dataset["drawings"]) for split, classes in (("train", 847), ("val", 141), ("test", 292))}
+        return {
+            split: (classes, dataset["drawings"]) for split, classes in (("train", 847), ("val", 141), ("test", 292))
+        }
 
     @classmethod
     def data_hash(cls, dataset: Config) -> str:
@@ -108,11 +112,17 @@ class Omniglot(ImageDataset):
     root: str = key(..., "folder with images_background(.zip) and images_evaluation(.zip)")
     variant: str = key("vinyals", "split of the characters", choices=tuple(OMNIGLOT_CHARACTERS))
     rotations: bool = key(True, "turns by 90, 180 and 270 degrees are further classes")
-    resize: str = key("area", "antialiased grey, or nearest neighbour (0/1 pictures, as in MAML's and Reptile's code)", choices=("area", "nearest"))
+    resize: str = key(
+        "area",
+        "antialiased grey, or nearest neighbour (0/1 pictures, as in MAML's and Reptile's code)",
+        choices=("area", "nearest"),
+    )
     invert: bool = key(True, "ink is 1 and paper 0")
     size: int = key(28, "height and width in pixels", ge=8, le=105)
     download: bool = key(False, "fetch missing archives from their public address", touches="none")
-    checksum: str = key("warn", "what a differing checksum of an archive means", choices=("warn", "error", "off"), touches="none")
+    checksum: str = key(
+        "warn", "what a differing checksum of an archive means", choices=("warn", "error", "off"), touches="none"
+    )
 
     @classmethod
     def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
@@ -138,7 +148,11 @@ class Sinusoid(Dataset):
     target: ClassVar[str] = "metalearn.datasets.sinusoid.Sinusoid"
     kind: ClassVar[str] = "regression"
 
-    variant: str = key("finn", "law of the curves and noise", choices=("finn", "reptile", "unravel", "trlearner_offset", "trlearner_phase"))
+    variant: str = key(
+        "finn",
+        "law of the curves and noise",
+        choices=("finn", "reptile", "unravel", "trlearner_offset", "trlearner_phase"),
+    )
     shot: int = key(10, "support points in training", ge=1)
     queries: int = key(10, "query points in training", ge=1)
     test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)

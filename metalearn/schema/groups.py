@@ -30,12 +30,16 @@ class Trainer:
     test_episodes: int = key(600, "frozen test episodes", ge=2, touches="test")
     precision: str = key("32", "bits of floating-point numbers", choices=("32", "64"))
     accelerator: str = key("auto", "auto, cpu or cuda", touches="none", choices=("auto", "cpu", "cuda"))
-    devices: int = key(1, "processes, one device each; the tasks of a meta-step are divided among them", ge=1, touches="none")
+    devices: int = key(
+        1, "processes, one device each; the tasks of a meta-step are divided among them", ge=1, touches="none"
+    )
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
     chunk_mib: float = key(8.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
     meta_steps_per_call: int = key(1, "meta-steps in one call of Lightning's training_step", ge=1, touches="none")
     log_every: int = key(10, "meta-steps between lines of metrics.jsonl", ge=1, touches="none")
-    save_seconds: float = key(60.0, "seconds between checkpoints (besides one after each validation)", gt=0, touches="none")
+    save_seconds: float = key(
+        60.0, "seconds between checkpoints (besides one after each validation)", gt=0, touches="none"
+    )
 
 
 @dataclass
@@ -56,7 +60,9 @@ class Evaluation:
         touches="test",
     )
     seed: int = key(0, "seed of the frozen validation and test episodes", ge=0, lt=2**31)
-    checkpoint: str = key("best", "parameters to test: best on validation classes, or last", choices=("best", "last"), touches="test")
+    checkpoint: str = key(
+        "best", "parameters to test: best on validation classes, or last", choices=("best", "last"), touches="test"
+    )
 
 
 @dataclass
@@ -65,7 +71,12 @@ class Logger:
 
     epoch: ClassVar[int] = 1
 
-    name: str = key("wandb", "wandb (offline unless WANDB_MODE says otherwise), csv or none", touches="none", choices=("wandb", "csv", "none"))
+    name: str = key(
+        "wandb",
+        "wandb (offline unless WANDB_MODE says otherwise), csv or none",
+        touches="none",
+        choices=("wandb", "csv", "none"),
+    )
     project: str = key("metalearn", "W&B project", touches="none")
     group: str | None = key(None, "W&B group", touches="none")
     tags: list[str] = key([], "further W&B tags", touches="none")

@@ -96,7 +96,8 @@ def fields_of(schema: type) -> dict[str, Field]:
     hints = typing.get_type_hints(schema)
     out = {}
     for field in dataclasses.fields(schema):
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default  # type: ignore[misc]
+        make = field.default_factory
+        default = make() if callable(make) else field.default
         out[field.name] = Field(field.name, hints[field.name], default, field.metadata["key"])
     return out
 

@@ -17,7 +17,11 @@ class MLP:
     name: str = key("", "name in tables and logs", touches="none")
     hidden: list[int] = key([40, 40], "widths of the hidden layers", ge=1)
     activation: str = key("relu", "non-linearity", choices=("relu", "tanh"))
-    init: str = key("torch", "uniform as in PyTorch's linear layers, or N(0, 0.01) cut at two deviations", choices=("torch", "truncated_normal"))
+    init: str = key(
+        "torch",
+        "uniform as in PyTorch's linear layers, or N(0, 0.01) cut at two deviations",
+        choices=("torch", "truncated_normal"),
+    )
 
 
 @dataclass
@@ -32,13 +36,19 @@ class Conv4:
     width: int = key(64, "filters of every block", ge=1)
     blocks: int = key(4, "number of blocks; each halves the picture", ge=1)
     downsample: str = key("maxpool", "how a block halves the picture", choices=("maxpool", "stride"))
-    readout: str = key("flatten", "features from the last block: all pixels, or their mean", choices=("flatten", "mean"))
+    readout: str = key(
+        "flatten", "features from the last block: all pixels, or their mean", choices=("flatten", "mean")
+    )
     bn: bool = key(True, "batch norm in every block")
-    bn_affine: str = key("full", "learned batch-norm parameters: scale and offset, offset, or none", choices=("full", "beta", "none"))
+    bn_affine: str = key(
+        "full", "learned batch-norm parameters: scale and offset, offset, or none", choices=("full", "beta", "none")
+    )
     bn_affine_inner: bool = key(True, "whether inner loops adapt them")
     bn_eps: float = key(1e-5, "added to the variance", gt=0)
     conv_bias: bool = key(True, "bias of the convolutions (of no effect before batch norm by batch statistics)")
-    head_init: str = key("xavier", "initial weights of the head: Xavier uniform, or N(0, 1)", choices=("xavier", "normal"))
+    head_init: str = key(
+        "xavier", "initial weights of the head: Xavier uniform, or N(0, 1)", choices=("xavier", "normal")
+    )
 
 
 @dataclass
