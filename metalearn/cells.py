@@ -6,6 +6,7 @@ Imports no torch. `metalearn`, `-m`, and whatever else needs the cells of a comm
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -14,17 +15,20 @@ from typing import Any, NamedTuple
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.paths import conf_dir
-from metalearn.schema import GROUPS, BadInput, Key, fields_of, member_of, nearest, register, validate
+from metalearn.schema import GROUPS, MEMBERS, BadInput, Key, fields_of, member_of, nearest, register, validate
 from metalearn.schema.groups import Run
+from metalearn.schema.registry import SINGLE
 
 Config = dict[str, Any]
-CHOICES = (*GROUPS, "experiment", "dataset_algorithm")
+OPTIONAL = ("experiment", "dataset_algorithm")
+CHOICES = (*GROUPS, *OPTIONAL)
+MOST_VALUES = 10_000
 
 
 class Cell(NamedTuple):
@@ -53,13 +57,13 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Ce
 
     Args:
         arguments: overrides in Hydra's syntax; those of `hydra` itself are passed over.
-        config_dirs: further folders with groups.
+        config_dirs: further folders with groups, besides those of `hydra.searchpath`.
 
     Raises:
         BadInput: for a key, name, value or combination that cannot be.
     """
-    axes = _axes([a for a in arguments if not _is_hydra(a)])
-    with _composer(config_dirs):
+    axes = _axes([a for a in arguments if not is_hydra(a)])
+    with _composer([*config_dirs, *_search_paths(arguments)]):
         products = [{a.name: a.values for a in axes}]
         if any(a.name == "experiment" for a in axes):
             products = [p for e in _experiments(axes) for p in _with_grid(e, axes)]
@@ -71,40 +75,67 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Ce
                 unused -= set(product) - dropped
                 cells.setdefault(cell.cell_id, cell)
         for name in sorted(unused):
-            raise BadInput(f"{name}: no member of this sweep has such a key")
+            if name not in _all_keys():
+                raise BadInput(f"{name}: no such key{nearest(name, _all_keys())}")
+            if any(a.name == name for a in axes):  # a grid's axis goes unused if the command line leaves its member out
+                raise BadInput(f"{name}: no member of this sweep has this key")
         return list(cells.values())
+
+
+def swept(arguments: Sequence[str]) -> list[str]:
+    """The arguments that name several values of one key or group."""
+    found = [a for a in arguments if not is_hydra(a)]
+    return [a for a in found if _parse(a).is_sweep_override()]
 
 
 def _is_sweep(products: list[dict[str, tuple[str, ...]]]) -> bool:
     return len(products) > 1 or any(len(v) > 1 for p in products for v in p.values())
 
 
-def _is_hydra(argument: str) -> bool:
+def is_hydra(argument: str) -> bool:
+    """Whether an override is for Hydra itself."""
     return argument.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
+def _search_paths(arguments: Sequence[str]) -> list[str]:
+    """The folders of `hydra.searchpath=[file:///...]`."""
+    values = [_parse(a).value() for a in arguments if a.lstrip("+").startswith("hydra.searchpath=")]
+    found = [str(v) for value in values if isinstance(value, list) for v in value]
+    return [v.removeprefix("file://") for v in found if "://" not in v or v.startswith("file://")]
+
+
 def _axes(arguments: Sequence[str]) -> list[Axis]:
-    for argument in arguments:
-        if "=" not in argument and not argument.startswith("~"):
-            raise BadInput(f"'{argument}' is not key=value; see metalearn --help")
-    try:
-        overrides = OverridesParser.create().parse_overrides(list(arguments))
-    except HydraException as error:
-        raise BadInput(str(error).strip().splitlines()[0]) from None
     axes: dict[str, Axis] = {}
-    for override in overrides:
+    for override in map(_parse, arguments):
         if override.is_delete():
             raise BadInput(f"{override.input_line}: keys cannot be deleted")
+        if override.package is not None:
+            raise BadInput(f"{override.input_line}: no group can be put elsewhere (@)")
         axes[override.key_or_group] = Axis(override.key_or_group, _values(override))
     return list(axes.values())
+
+
+def _parse(argument: str) -> Override:
+    name, equals, _ = argument.lstrip("+").partition("=")
+    if not (name and equals) and not argument.startswith("~"):
+        raise BadInput(f"'{argument}' is not key=value; see metalearn --help")
+    try:
+        return OverridesParser.create().parse_override(argument)
+    except (HydraException, ValueError) as error:
+        reasons = [line for line in str(error).splitlines() if "while evaluating" in line]
+        hint = reasons[0] if reasons else "text with special characters needs quotes within quotes, as \"key='a=b'\""
+        raise BadInput(f"{' '.join(argument.split())}: cannot be read; {hint}") from None
 
 
 def _values(override: Override) -> tuple[str, ...]:
     if not override.is_sweep_override():
         return (override.get_value_element_as_str(),)
-    if not override.is_discrete_sweep():
+    if override.is_interval_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         raise BadInput(f"{override.input_line}: only lists of choices and ranges can be swept")
-    return tuple(str(v) for v in override.sweep_string_iterator())
+    values = tuple(str(v) for v in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    if not 0 < len(values) <= MOST_VALUES:
+        raise BadInput(f"{override.input_line}: must have 1 to {MOST_VALUES} values")
+    return values
 
 
 def _experiments(axes: list[Axis]) -> Iterable[str]:
@@ -115,6 +146,8 @@ def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, .
     """The products of an experiment's grid, with the command line's axes in place of its own."""
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
     grid = _base((f"experiment={experiment}",))[0].get("grid") or [{}]
+    if not OmegaConf.is_list(grid) and not isinstance(grid, list):
+        raise BadInput(f"experiment={experiment}: its grid must be a list of products")
     products = []
     for block in grid:
         own = {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
@@ -126,6 +159,8 @@ def _literal(value: Any) -> str:
     """A yaml value in Hydra's override syntax."""
     if OmegaConf.is_list(value):
         return "[" + ",".join(_literal(v) for v in value) + "]"
+    if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value, re.ASCII):
+        return QuotedString(text=value, quote=Quote.single).with_quotes()
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -165,11 +200,13 @@ def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
     for choice in choices:
         group, name = choice.split("=", 1)
         known = members(group, _search_path)
-        if name not in (*known, "null"):
+        if name not in known and not (name == "null" and group in OPTIONAL):
             raise BadInput(f"{group}={name}: no such {group}{nearest(name, known)}")
+    given = any(c.startswith("dataset_algorithm=") for c in choices)
+    choices = tuple(c for c in choices if not c.endswith("=null"))
     config = _compose(choices)
-    if not any(c.startswith("dataset_algorithm=") for c in choices):
-        chosen = config.hydra.runtime.choices
+    chosen = config.hydra.runtime.choices
+    if not given and chosen.dataset_algorithm is None:
         special = f"{chosen.dataset}_{chosen.algorithm}"
         if special in members("dataset_algorithm", _search_path):
             choices = (*choices, f"dataset_algorithm={special}")
@@ -181,7 +218,8 @@ def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
 
 
 def _compose(choices: tuple[str, ...]) -> DictConfig:
-    extra = ["hydra.searchpath=[" + ",".join(f"file://{d}" for d in _search_path) + "]"] if _search_path else []
+    places = ",".join(QuotedString(text=f"file://{d}", quote=Quote.single).with_quotes() for d in _search_path)
+    extra = [f"hydra.searchpath=[{places}]"] if places else []
     try:
         return compose("config", overrides=[*choices, *extra], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
@@ -200,7 +238,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
     groups = tuple(f"{k}={v}" for k, v in chosen.items() if k in CHOICES)
     for name in chosen:
         if "/" in name or (name not in CHOICES and "." not in name and name not in fields_of(Run)):
-            raise BadInput(f"{name}: no such key or group{nearest(name, [*CHOICES, *fields_of(Run)])}")
+            raise BadInput(f"{name}: no such key or group{_suggest(name)}")
     base, groups = _base(groups)
     values = {k: v for k, v in chosen.items() if k not in CHOICES}
     dropped = {k for k in values if not _has(base, k)}
@@ -230,15 +268,27 @@ def _no_such_key(base: DictConfig, name: str) -> str:
     return f"{name}: no such key for {group}={base[group].get('name', group)}{nearest(name, keys)}"
 
 
+def _suggest(name: str) -> str:
+    """A hint for a name that is neither a group nor a key outside the groups."""
+    full = [key for key in _all_keys() if key.endswith(f".{name}")]
+    return f"; did you mean '{full[0]}'?" if full else nearest(name, [*CHOICES, *fields_of(Run)])
+
+
+def _all_keys() -> list[str]:
+    """The keys of all members of all groups."""
+    schemas = [(g, s) for g, members in MEMBERS.items() for s in members.values()] + list(SINGLE.items())
+    return list(dict.fromkeys(f"{group}.{name}" for group, schema in schemas for name in fields_of(schema)))
+
+
 def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
     """The composed configuration with values set, as plain data."""
     config = OmegaConf.create(OmegaConf.to_container(base, resolve=False))
-    for override in OverridesParser.create().parse_overrides(list(assignments)):
-        OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
     try:
+        for override in OverridesParser.create().parse_overrides(list(assignments)):
+            OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
-        raise BadInput(str(error).splitlines()[0]) from None
+        raise BadInput(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
     return {str(k): v for k, v in plain.items() if k not in ("grid", "hydra")}
 

@@ -35,48 +35,40 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments and arguments[0] in ("--help", "-h"):
-        print(usage(arguments[1:]))
-        return DONE
     parsed, unknown = get_args_parser().parse_known_args(arguments)
-    overrides = [*parsed.overrides, *unknown]
+    if parsed.help:
+        print(usage([a for a in parsed.overrides if "=" not in a]))
+        return DONE
     for argument in unknown:
         raise BadInput(f"{argument}: no such option; see metalearn --help")
-    dirs = sweeper.CONFIG_DIRS[:] = [parsed.config_dir] if parsed.config_dir else []
     if parsed.hydra_help or parsed.shell_completion or parsed.info:
         return _hydra(arguments)
-    found = cells.expand(overrides, dirs)
-    many = parsed.multirun or len(found) > 1
-    if many and not parsed.multirun:
+    overrides = parsed.overrides
+    if not parsed.multirun:
         _only_experiments_sweep(overrides)
-        arguments = ["--multirun", *arguments]
-    else:
-        arguments = _complete(arguments, overrides, found[0]) if not many else arguments
+    found = cells.expand(overrides, [parsed.config_dir] if parsed.config_dir else [])
+    many = parsed.multirun or len(found) > 1
+    flags = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
     if parsed.cfg:
-        return _hydra(arguments)
-    pending = sweeper.unfinished(found)
+        return _hydra([*flags, *found[0].overrides])
+    pending = sweeper.PENDING[:] = sweeper.unfinished(found)
     for cell in found:
         if cell not in pending and not many:
             _show(cell, "already finished; rerun=true runs it again")
     if many:
         print(f"{len(found)} cells, {len(found) - len(pending)} of them finished", file=sys.stderr)
     if pending:
-        _hydra(arguments)
+        place = [o for o in found[0].overrides if o.startswith("output_dir=")]
+        _hydra([*flags, "--multirun", *place] if many else [*flags, *found[0].overrides])
     if many:
         _summary(found)
     return _exit_code(found)
 
 
-def _complete(arguments: list[str], overrides: list[str], cell: cells.Cell) -> list[str]:
-    """The arguments with the choices that `cells` added."""
-    added = [o for o in cell.overrides if o.startswith("dataset_algorithm=") and o not in overrides]
-    return [*added, *arguments]
-
-
 def _only_experiments_sweep(overrides: list[str]) -> None:
     if not any(o.startswith("experiment=") for o in overrides):
-        swept = next(o for o in overrides if "," in o)
-        raise BadInput(f"{swept}: several values need -m (a sweep)")
+        for swept in cells.swept(overrides):
+            raise BadInput(f"{swept}: several values need -m (a sweep); a text with commas needs quotes within quotes")
 
 
 def _hydra(arguments: list[str]) -> int:
@@ -135,13 +127,15 @@ def _states(found: list[cells.Cell]) -> list[str]:
 
 
 def _summary(found: list[cells.Cell]) -> None:
+    from metalearn.record import number
+
     for cell, state in zip(found, _states(found), strict=True):
         directory = CellDir(cell.config["output_dir"], cell.cell_id)
         headline = ""
         if state == "done":
             metrics = (directory.result or {})["metrics"]
             name = next(n for n in metrics if "@" not in n)
-            headline = f"{name} {metrics[name]['mean']:.4f} +- {metrics[name]['ci95']:.4f}"
+            headline = f"{name} {number(metrics[name]['mean'])} +- {number(metrics[name]['ci95'])}"
         else:
             headline = directory.status.get("error") or ""
         print(f"{cell.cell_id}  {state:<11}  {headline:<28}  {' '.join(cell.overrides)}")

@@ -130,7 +130,7 @@ def table(result: Config, directory: CellDir) -> str:
         qualifiers = dict(q.split("=", 1) for q in name.partition("@")[2].split(",") if q)
         where = (qualifiers.get("bn", protocol["bn"]), qualifiers.get("step", str(protocol["test_steps"])))
         if int(where[1]) in shown:
-            rows.append((name.partition("@")[0], _number(m["mean"]), "+- " + _number(m["ci95"]), str(m["n"]), *where))
+            rows.append((name.partition("@")[0], number(m["mean"]), "+- " + number(m["ci95"]), str(m["n"]), *where))
     rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     aligned = [
@@ -152,5 +152,6 @@ def _few_steps(last: int) -> set[int]:
     return set(range(last + 1)) if last <= 5 else {0, 1, 2, 5, 10, 20, last}
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
+def number(value: float | None) -> str:
+    """Four decimals, or four digits of what is too large for that; `-` where there is no finite value."""
+    return "-" if value is None else f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"

@@ -164,6 +164,7 @@ def fit(trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Rec
     data.start = learner.meta_steps
     if learner.meta_steps < data.max_steps:
         trainer.fit(learner, data)
+        trainer.strategy.barrier()  # other ranks read the checkpoints that rank 0 writes
     elif learner.meta_steps == 0:
         recorder.save(learner, "last")
 

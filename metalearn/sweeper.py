@@ -1,4 +1,8 @@
-"""Hydra's multirun over our cells: the grid comes from `metalearn.cells.expand`, not from Hydra's plain product."""
+"""Hydra's multirun over our cells: they come from `metalearn.cells.expand`, not from Hydra's plain product.
+
+Hydra composes one configuration for the sweep itself and refuses keys that this one does not have, so it is given none
+of the sweep's keys (but output_dir) and finds the cells in `PENDING`.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +13,15 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from metalearn.cells import Cell, expand
+from metalearn.cells import Cell
 from metalearn.ledger import CellDir
 
-CONFIG_DIRS: list[str] = []
-"""Folders of --config-dir, which Hydra does not hand to a sweeper."""
+PENDING: list[Cell] = []
+"""The cells that the next sweep runs."""
 
 
 class CellSweeper(Sweeper):
-    """Hands the unfinished cells of a command line to the launcher."""
+    """Hands the pending cells to the launcher."""
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -27,10 +31,8 @@ class CellSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Launch; failures are read from the cells' files, so none stops the others."""
-        pending = unfinished(expand(arguments, CONFIG_DIRS))
         assert self.launcher is not None
-        if pending:
-            self.launcher.launch([list(cell.overrides) for cell in pending], initial_job_idx=0)
+        self.launcher.launch([list(cell.overrides) for cell in PENDING], initial_job_idx=0)
 
 
 def unfinished(cells: list[Cell]) -> list[Cell]:
@@ -39,5 +41,11 @@ def unfinished(cells: list[Cell]) -> list[Cell]:
 
 
 def register() -> None:
-    """Make the sweeper known to Hydra (its configuration is registered with the schemas)."""
-    Plugins.instance().register(CellSweeper)
+    """Make the sweeper known to Hydra (its configuration is registered with the schemas).
+
+    Hydra instantiates plugins of the package `hydra_plugins` alone; the exception spares a second package.
+    """
+    plugins, name = Plugins.instance(), f"{CellSweeper.__module__}.{CellSweeper.__name__}"
+    allowed = Plugins.is_in_toplevel_plugins_module
+    plugins.register(CellSweeper)
+    plugins.is_in_toplevel_plugins_module = lambda clazz: clazz == name or allowed(clazz)  # type: ignore[method-assign]

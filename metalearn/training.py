@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -146,7 +147,7 @@ class Recorder(pl.Callback):
         ((values, losses),) = gathered.values()
         value, loss, step = float(values.double().mean()), float(losses.double().mean()), learner.meta_steps
         sign = 1 if learner.kind == "classification" else -1  # accuracy rises, error falls
-        better = self.best is None or sign * value > sign * self.best["value"]
+        better = math.isfinite(value) and (self.best is None or sign * value > sign * self.best["value"])
         self.validated = step
         if better:
             self.best = {"step": step, "value": value}
@@ -174,7 +175,7 @@ class Recorder(pl.Callback):
     # ---- telling -------------------------------------------------------------------------------------------------
 
     def _log(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
-        values = {k: v if abs(v) < float("inf") else None for k, v in values.items()}  # type: ignore[misc]
+        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # type: ignore[misc]
         if self.metrics:
             self.metrics.write(step, {**values, "seconds": round(self.seconds + time.monotonic() - self._started, 3)})
         for logger in trainer.loggers:

@@ -90,6 +90,17 @@ def test_first_order_ignores_the_context():
     assert torch.autograd.grad(value, context, allow_unused=True) == (None,) * len(context)
 
 
+@pytest.mark.parametrize("used", [1, 2])
+def test_an_early_step_may_be_used_alone(used):
+    """Then the steps after it have no influence."""
+    arguments, leaves = problem()
+    gradients = []
+    for steps in (used, 3):
+        value = objective(gradient_descent(loss, *arguments, steps)[used : used + 1])
+        gradients.append(torch.autograd.grad(value, leaves))
+    assert_close(*gradients)
+
+
 def test_recomputation_changes_no_bit_and_calls_the_loss_once_more_a_step():
     arguments, leaves = problem()
     calls = []

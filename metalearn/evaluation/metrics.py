@@ -22,12 +22,20 @@ class TaskMean:
     def compute(self, unit: str) -> dict[str, Any]:
         """`mean, std` (n - 1), `ci95` (1.96 std / sqrt(n)), `n`, `interval`, `unit`; None where it is not finite."""
         n = len(self.values)
-        mean = math.fsum(self.values) / n if n else math.nan
-        variance = math.fsum((v - mean) ** 2 for v in self.values) / (n - 1) if n > 1 else math.nan
+        mean = _sum(self.values) / n if n else math.nan
+        variance = _sum([(v - mean) * (v - mean) for v in self.values]) / (n - 1) if n > 1 else math.nan
         std = math.sqrt(variance) if math.isfinite(variance) else math.nan
         numbers = {"mean": mean, "std": std, "ci95": 1.96 * std / math.sqrt(max(1, n))}
         finite = {k: v if math.isfinite(v) else None for k, v in numbers.items()}
         return {**finite, "n": n, "interval": "tasks", "unit": unit}
+
+
+def _sum(values: list[float]) -> float:
+    """The exactly rounded sum, in any order; NaN where it is not finite."""
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):
+        return math.nan
 
 
 UNITS = {"accuracy": "fraction", "mse": "target units squared"}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
 from collections.abc import Iterable
@@ -42,7 +43,7 @@ class Key:
         if self.choices:
             return "one of " + ", ".join(str(c) for c in self.choices)
         limits = [(">", self.gt), (">=", self.ge), ("<", self.lt), ("<=", self.le)]
-        return " and ".join(f"{sign} {limit:g}" for sign, limit in limits if limit is not None)
+        return " and ".join(f"{sign} {show(limit)}" for sign, limit in limits if limit is not None)
 
 
 def key(default: Any, doc: str, **rest: Any) -> Any:
@@ -70,18 +71,19 @@ class Field:
         """
         if self.key.required and value in ("???", None):
             raise BadInput(f"{path} is required: {self.key.doc}")
+        given = f"{path}={show(value)}"
         try:
             value = _convert(value, self.type)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             bound = f" ({self.key.bound()})" if self.key.bound() else ""
-            raise BadInput(f"{path}={_show(value)}: must be {_type_name(self.type)}{bound}") from None
+            raise BadInput(f"{given}: must be {_type_name(self.type)}{bound}") from None
         items = value if isinstance(value, list) else [value]
         if self.key.length is not None and len(items) != self.key.length:
-            raise BadInput(f"{path}={_show(value)}: must have {self.key.length} values")
+            raise BadInput(f"{given}: must have {self.key.length} values")
         for item in items:
             if item is not None and not self._inside(item):
                 hint = nearest(str(item), [str(c) for c in self.key.choices]) if self.key.choices else ""
-                raise BadInput(f"{path}={_show(value)}: must be {self.key.bound()}{hint}")
+                raise BadInput(f"{given}: must be {self.key.bound()}{hint}")
         return value
 
     def _inside(self, value: Any) -> bool:
@@ -120,7 +122,9 @@ def _convert(value: Any, kind: Any) -> Any:
         if not isinstance(value, list | tuple):
             raise TypeError
         return [_convert(v, kind.__args__[0]) for v in value]
-    if kind is float and isinstance(value, int | float) and not isinstance(value, bool) and value == value:
+    if isinstance(value, float) and not math.isfinite(value) and kind is not str:
+        raise TypeError
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind is int and isinstance(value, float) and value.is_integer():
         return int(value)
@@ -132,7 +136,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
     if isinstance(kind, types.UnionType):
         return " or ".join("null" if k is type(None) else _type_name(k) for k in kind.__args__)
     if typing.get_origin(kind) is list:
@@ -140,5 +144,8 @@ def _type_name(kind: Any) -> str:
     return names[kind]
 
 
-def _show(value: Any) -> str:
-    return "null" if value is None else str(value)
+def show(value: Any) -> str:
+    """The value as it is written on the command line."""
+    if isinstance(value, list | tuple):
+        return "[" + ",".join(map(show, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

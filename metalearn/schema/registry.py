@@ -28,7 +28,7 @@ def member_of(group: str, config: dict[str, Any]) -> Any:
     """The schema class of a group's composed configuration."""
     if group in SINGLE:
         return SINGLE[group]
-    target = config.get("_target_")
+    target = str(config.get("_target_"))
     if target not in MEMBERS[group]:
         raise BadInput(f"{group}._target_={target}: must be one of {', '.join(MEMBERS[group])}")
     return MEMBERS[group][target]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from metalearn.schema.groups import Run
-from metalearn.schema.keys import BadInput, Field, fields_of, nearest
+from metalearn.schema.keys import BadInput, Field, fields_of, nearest, show
 from metalearn.schema.registry import GROUPS, member_of
 
 Config = dict[str, Any]
@@ -60,4 +60,4 @@ def _combinations(run: Config) -> Iterator[str]:
         yield f"trainer.devices={trainer['devices']}: must be 1 with algorithm.serial=true"
     modes = run["evaluation"]["bn_modes"]
     if not modes or len(set(modes)) < len(modes):
-        yield f"evaluation.bn_modes={modes}: must name at least one mode, and none twice"
+        yield f"evaluation.bn_modes={show(modes)}: must name at least one mode, and none twice"
