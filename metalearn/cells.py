@@ -132,7 +132,10 @@ def _values(override: Override) -> tuple[str, ...]:
         return (override.get_value_element_as_str(),)
     if override.is_interval_sweep() or override.value_type is ValueType.GLOB_CHOICE_SWEEP:
         raise BadInput(f"{override.input_line}: only lists of choices and ranges can be swept")
-    values = tuple(str(v) for v in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    try:
+        values = tuple(str(v) for v in itertools.islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+    except (HydraException, ValueError) as error:
+        raise BadInput(f"{override.input_line}: {error}") from None
     if not 0 < len(values) <= MOST_VALUES:
         raise BadInput(f"{override.input_line}: must have 1 to {MOST_VALUES} values")
     return values
@@ -312,7 +315,7 @@ def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
 
     Epochs and targets of all members enter, and the data's content hash in place of its path.
     """
-    found: dict[str, Config] = {"train": {"dataset.data": data_hash}, "test": {}, "none": {}}
+    found: dict[str, Config] = {"train": {"dataset.data": data_hash, "engine.epoch": Run.epoch}, "test": {}, "none": {}}
     for name, field in fields_of(Run).items():
         _note(found, name, field.key, config[name], field.default)
     for group in GROUPS:
@@ -327,6 +330,8 @@ def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
 
 
 def _note(found: dict[str, Config], path: str, key: Key, value: Any, default: Any) -> None:
+    if key.first_touches is not None and value[:1] != default[:1]:
+        found[key.first_touches][f"{path}.0"] = value[0]
     if value != default:
         found[key.touches][path] = value
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import traceback
 import warnings
@@ -23,6 +24,8 @@ DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
 
 def main() -> None:
     """Run what the command line asks for and exit: 0 done, 2 bad input, 3 diverged, 1 anything else."""
+    # before torch is imported: idle OpenMP threads that spin make everything several times slower on a shared machine
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     register_schemas()
     sweeper.register()
     warnings.formatwarning = lambda message, category, *_: f"metalearn: {category.__name__}: {message}\n"

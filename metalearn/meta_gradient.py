@@ -93,7 +93,7 @@ def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple
     live = [p for p in ports if isinstance(p, Tensor)]
     flat = [p for params in theta.values() for p in params.values()]
     both = torch.autograd.grad(objective, live + flat, materialize_grads=True)
-    pulled, total = both[: len(live)], list(both[len(live) :])
+    pulled, total = both[: len(live)], [g.clone() for g in both[len(live) :]]  # they may share memory, or be expanded
     for chunk in chunks:
         theta = _leaves(learner)
         part = learner.task_loss(theta, episodes.select(chunk), batch.key.select(chunk))

@@ -138,12 +138,14 @@ def table(result: Config, directory: CellDir) -> str:
         for r in rows
     ]
     lines = ["  ".join(row) for row in aligned]
-    end = "" if result["status"] == "done" else f"DIVERGED: {result['error']}\n"
-    chosen = protocol["selection"]
+    chosen, tested = protocol["selection"], ""
+    if result["status"] == "done":
+        tested = f"; tested: {chosen['checkpoint']} checkpoint, step {chosen['step']}"
+    else:
+        lines = [f"DIVERGED: {result['error']}"]
     return (
-        f"\n{title}, seed {result['seed']}\n" + "\n".join(line.rstrip() for line in lines) + f"\n{end}"
-        f"{result['steps']} meta-steps in {result['seconds']:.0f} s; tested: {chosen['checkpoint']} checkpoint, "
-        f"step {chosen['step']}\n{directory.path / 'result.json'}"
+        f"\n{title}, seed {result['seed']}\n" + "\n".join(line.rstrip() for line in lines) + "\n"
+        f"{result['steps']} meta-steps in {result['seconds']:.0f} s{tested}\n{directory.path / 'result.json'}"
     )
 
 

@@ -179,7 +179,7 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
         own = {k.removeprefix(f"{name}."): v for k, v in params.items() if k.startswith(f"{name}.")}
         if isinstance(stage, Block):
             x = F.conv2d(x, own["conv.weight"], own.get("conv.bias"), stage.stride, padding=1)
-            if stage.bn:
+            if stage.normalizes:
                 layer = f"{name}.norm"
                 mean, var = given[layer] if given else (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
                 if seen is not None:

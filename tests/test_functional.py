@@ -203,7 +203,7 @@ def conv_mamls(draw: Any) -> tuple[MAML, Any]:
     return learner, oracles.pictures(draw(st.integers(1, 3)), **counts, seed=draw(st.integers(0, 99)))
 
 
-@settings(max_examples=30, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(conv_mamls())
 def test_outer_gradient_of_any_network_is_that_of_the_plain_loop(case):
     """Adjoint, fast convolution and batch-norm kernels, frozen parts, chunks: all against primitive operations."""

@@ -10,7 +10,9 @@ BN_MODES = ("batch", "support_plus_one", "support_only", "running")
 
 @dataclass
 class Run:
-    """The keys outside all groups."""
+    """The keys outside all groups; the epoch is the engine's, raised when its numbers may change."""
+
+    epoch: ClassVar[int] = 1
 
     seed: int = key(0, "seed of every training draw and of the initial parameters", ge=0, lt=2**31)
     rerun: bool = key(False, "run a finished cell again; its old result is archived beside the new", touches="none")
@@ -23,7 +25,7 @@ class Trainer:
 
     epoch: ClassVar[int] = 1
 
-    max_steps: int = key(1000, "meta-steps (outer updates)", ge=0)
+    max_steps: int = key(500, "meta-steps (outer updates)", ge=0)
     meta_batch_size: int = key(16, "tasks of one meta-step (B), over all ranks", ge=1)
     val_every: int = key(100, "meta-steps between validations; 0 for none (then the last checkpoint is tested)", ge=0)
     val_episodes: int = key(100, "frozen validation episodes", ge=1)
@@ -52,6 +54,8 @@ class Evaluation:
         ["batch", "support_plus_one"],
         "batch-norm modes of prediction; the first is the headline and guides selection",
         choices=BN_MODES,
+        touches="test",
+        first_touches="train",
     )
     steps: str = key(
         "headline",

@@ -25,6 +25,7 @@ class Key:
         choices: allowed values.
         gt, ge, lt, le: bounds of a number, or of each number of a list.
         length: exact length of a list.
+        first_touches: what the first item of a list touches, where that differs.
         required: no default; must be given.
     """
 
@@ -36,6 +37,7 @@ class Key:
     lt: float | None = None
     le: float | None = None
     length: int | None = None
+    first_touches: Touches | None = None
     required: bool = False
 
     def bound(self) -> str:
