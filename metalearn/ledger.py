@@ -38,7 +38,7 @@ def read_json(path: Path) -> Any:
     """The file's content, or None where there is no such (whole) file."""
     try:
         return json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 

@@ -63,9 +63,10 @@ def batch_norm(
         `[B, n, C, H, W]`.
     """
     if norm.given is None and norm.sets == 1:
+        y, moments = _own_statistics(x, weight, bias, eps)
         if norm.record:
-            norm.seen[layer] = _moments(x, before)
-        return _own_statistics(x, weight, bias, eps)
+            norm.seen[layer] = moments if before is None else moments._replace(mean=moments.mean + before.detach())
+        return y
     if norm.given is None:
         return _set_statistics(x, weight, bias, eps, norm.sets)
     mean, var, _ = norm.given[layer]
@@ -81,22 +82,16 @@ def _channels(value: Tensor) -> Tensor:
     return value[..., None, :, None, None] if value.dim() == 2 else value[:, None, None]
 
 
-def _moments(x: Tensor, before: Tensor | None) -> Moments:
-    with torch.no_grad():
-        var, mean = torch.var_mean(x, dim=(1, 3, 4), correction=0)
-        return Moments(mean if before is None else mean + before, var, x[0, :, 0].numel())
-
-
-def _own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+def _own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Moments]:
     """Normalise each task and channel over its own examples and pixels; the tasks lie in the channel axis."""
     tasks, channels = x.shape[0], x.shape[2]
     gamma = x.new_ones(channels) if weight is None else weight
     beta = x.new_zeros(channels) if bias is None else bias
     flat = x.transpose(0, 1).flatten(1, 2)
-    # contiguous: with one channel the expanded vector is a view of stride 0, and the CPU kernel ignores strides
-    scale, offset = (p.expand(tasks, -1).flatten().contiguous() for p in (gamma, beta))
-    y = _BatchNorm.apply(flat, scale, offset, eps)
-    return y.unflatten(1, (tasks, channels)).transpose(0, 1)
+    y, mean, r = _BatchNorm.apply(flat, gamma.expand(tasks, -1).flatten(), beta.expand(tasks, -1).flatten(), eps)
+    var = r.reciprocal().square() - eps
+    moments = Moments(mean.view(tasks, channels), var.view(tasks, channels), x[0, :, 0].numel())
+    return y.unflatten(1, (tasks, channels)).transpose(0, 1), moments
 
 
 def _set_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, sets: int) -> Tensor:
@@ -114,11 +109,12 @@ class _BatchNorm(Function):
     """y = gamma z + beta with z = (x - mean) r, r = 1 / sqrt(var + eps), over all axes but the channels."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         y, mean, r = torch.ops.aten.native_batch_norm(x, gamma, beta, None, None, True, 0.0, eps)
         ctx.save_for_backward(x, gamma, mean, r)
         ctx.eps = eps
-        return y
+        ctx.mark_non_differentiable(mean, r)
+        return y, mean, r
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:

@@ -1,6 +1,7 @@
 """Which schema belongs to which `_target_`, and how Hydra gets the defaults."""
 
 import dataclasses
+from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -34,6 +35,7 @@ def member_of(group: str, config: dict[str, Any]) -> Any:
     return MEMBERS[group][target]
 
 
+@cache
 def register() -> None:
     """Put every schema's defaults where yaml files find them: `/schema/<group>/<name>`."""
     store = ConfigStore.instance()
