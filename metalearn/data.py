@@ -89,7 +89,7 @@ class Episodes(pl.LightningDataModule):
         """The frozen episodes of a split on one rank (every world-th), in stacks of `eval_batch`."""
         key = self.evaluation_key.sub(split)
         every = torch.arange(rank, self.frozen[split], world)
-        for index in every.split(self.eval_batch):
+        for index in every.split(self.eval_batch) if len(every) else ():
             zero = torch.zeros_like(index)
             episodes = self.dataset.fetch(split, self.dataset.draw(split, key, index, zero)).to(self.dtype)
             yield MetaBatch(0, self.frozen[split], episodes, TaskKey(key.sub("learner"), index, zero))

@@ -88,7 +88,9 @@ def _own_statistics(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
     gamma = x.new_ones(channels) if weight is None else weight
     beta = x.new_zeros(channels) if bias is None else bias
     flat = x.transpose(0, 1).flatten(1, 2)
-    y, mean, r = _BatchNorm.apply(flat, gamma.expand(tasks, -1).flatten(), beta.expand(tasks, -1).flatten(), eps)
+    # contiguous: with one channel the expanded vector is a view of stride 0, and the CPU kernel ignores strides
+    scale, offset = (p.expand(tasks, -1).flatten().contiguous() for p in (gamma, beta))
+    y, mean, r = _BatchNorm.apply(flat, scale, offset, eps)
     var = r.reciprocal().square() - eps
     moments = Moments(mean.view(tasks, channels), var.view(tasks, channels), x[0, :, 0].numel())
     return y.unflatten(1, (tasks, channels)).transpose(0, 1), moments

@@ -56,6 +56,9 @@ def _combinations(run: Config) -> Iterator[str]:
         yield (
             f"trainer.devices={trainer['devices']}: must divide trainer.meta_batch_size={trainer['meta_batch_size']}"
         )
+    for key in ("val_episodes", "test_episodes"):  # each process has some: one without would not take part in gathering
+        if trainer[key] < trainer["devices"]:
+            yield f"trainer.{key}={trainer[key]}: must be >= trainer.devices={trainer['devices']}"
     if run["algorithm"].get("serial") and trainer["devices"] > 1:
         yield f"trainer.devices={trainer['devices']}: must be 1 with algorithm.serial=true"
     modes = run["evaluation"]["bn_modes"]
