@@ -175,8 +175,12 @@ def test_shared_leaves_are_expanded_and_others_kept():
 
 @st.composite
 def conv_mamls(draw: Any) -> tuple[MAML, Any]:
-    """A MAML learner with a small random convolutional network, and tasks for it."""
-    blocks, side = draw(st.sampled_from([(1, 4), (1, 5), (2, 4), (2, 7), (3, 8)]))
+    """A MAML learner with a small random convolutional network, and tasks for it.
+
+    At least 2x2 pixels reach every batch norm: where two numbers are normalised, rounding alone moves the outer
+    gradient by up to 1e-11.
+    """
+    blocks, side = draw(st.sampled_from([(1, 4), (1, 5), (2, 5), (2, 8), (3, 9)]))
     way = draw(st.integers(2, 3))
     net = oracles.conv_net(
         way,

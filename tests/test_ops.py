@@ -16,6 +16,7 @@ TASKS, N, EPS = 2, 3, 0.1  # so large an eps matters next to the variance
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {  # same numbers, another order in memory
     "contiguous": lambda x: x,
     "tasks inside": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "as convolved": lambda x: x.permute(1, 3, 4, 0, 2).contiguous().permute(3, 0, 4, 1, 2),
     "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
     "every second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
 }
@@ -130,19 +131,22 @@ def fast_norm(
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("shared", [True, False])
 def test_batch_norm_is_the_formula(shared, layout, channels):
-    """One channel is a case of its own: a shared scale, expanded over the tasks, is then a vector of stride 0."""
     x, gamma, beta = norm_inputs(shared, layout, channels)
     assert_close(fast_norm(x, gamma, beta), plain_norm(x, gamma, beta))
     assert_close(fast_norm(x, None, beta), plain_norm(x, torch.ones_like(gamma), beta))
     assert_close(fast_norm(x, None, None), plain_norm(x, torch.ones_like(gamma), torch.zeros_like(beta)))
 
 
+@pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("shared", [True, False])
-def test_derivatives_of_batch_norm(shared, order, layout):
-    """The second is the hand-written formula, the third goes through its differentiable twin."""
-    inputs = norm_inputs(shared, layout)
+def test_derivatives_of_batch_norm(shared, order, layout, channels):
+    """The second is the hand-written formula, the third goes through its differentiable twin.
+
+    One channel is a case of its own: a shared scale, expanded over the tasks, is then a vector of stride 0.
+    """
+    inputs = norm_inputs(shared, layout, channels)
     assert_close(derivative(fast_norm, inputs, order), derivative(plain_norm, inputs, order))
 
 
