@@ -10,6 +10,7 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from metalearn import cells, sweeper
@@ -20,6 +21,8 @@ from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
 
 DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+FLAGS: list[str] = []
+"""Options and Hydra's own overrides of this command line, for every cell."""
 
 
 def main() -> None:
@@ -51,7 +54,7 @@ def _main(arguments: list[str]) -> int:
         _only_experiments_sweep(overrides)
     found = cells.expand(overrides, [parsed.config_dir] if parsed.config_dir else [])
     many = parsed.multirun or len(found) > 1
-    flags = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
+    flags = FLAGS[:] = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
     if parsed.cfg:
         return _hydra([*flags, *found[0].overrides])
     pending = sweeper.PENDING[:] = sweeper.unfinished(found)
@@ -83,6 +86,7 @@ def _hydra(arguments: list[str]) -> int:
 def _task(config: DictConfig) -> str | None:
     """Hydra's task function: run the cell that a composed configuration means."""
     cell = cells.from_composed(config)
+    sys.argv[1:] = [*FLAGS, *HydraConfig.get().overrides.task]  # Lightning's further processes repeat the command
     directory = CellDir(cell.config["output_dir"], cell.cell_id)
     leader = leads()
     try:

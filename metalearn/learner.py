@@ -11,16 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metalearn.backbones import Backbone
-from metalearn.bn import RunningStatistics, task_mean
+from metalearn.bn import RunningStatistics
 from metalearn.bn import predict as bn_predict
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.functional import Trajectory
 from metalearn.meta_gradient import MetaGradient, meta_gradient
 from metalearn.ops import Normalization
-from metalearn.optim import OuterOptimizer, clip_
+from metalearn.optim import OuterOptimizer, clipped
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
+OWN = "regularizer."  # prefix of a regularizer's parameters among those of the network
 When = Literal["inner", "query"]
 Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]
 """(batch-norm mode, step) -> metric and loss of each task, `[B]` each."""
@@ -44,7 +45,6 @@ class MetaLearner(pl.LightningModule, ABC):
         inner_loss_reduction: `mean` over examples, or `sum_over_shots`: the sum divided by the shots, which is N
             times the mean (the code of Finn et al.); classification only.
         chunk_bytes: activations of one chunk of tasks; bounds memory, changes nothing but rounding.
-        seed: of every training draw.
     """
 
     needs_head: ClassVar[bool] = True
@@ -60,13 +60,12 @@ class MetaLearner(pl.LightningModule, ABC):
         test_steps: int = 0,
         inner_loss_reduction: Literal["mean", "sum_over_shots"] = "mean",
         chunk_bytes: int = 8 * 2**20,
-        seed: int = 0,
     ):
         super().__init__()
         self.net, self.kind, self.regularizer = net, kind, regularizer or Regularizer()
         self.inner_steps, self.test_steps = inner_steps, test_steps
         self.inner_loss_reduction = inner_loss_reduction
-        self.chunk_bytes, self.seed = chunk_bytes, seed
+        self.chunk_bytes = chunk_bytes
         self.running = RunningStatistics(net)
         self.shapes = net.shapes()
         self.meta_steps = 0
@@ -96,7 +95,7 @@ class MetaLearner(pl.LightningModule, ABC):
         """
 
         def forward(z: Tensor, norm: Normalization) -> Tensor:
-            return self.run_net(theta["net"] | phi, z, when="query", norm=norm)
+            return self.run_net(self.network(theta) | phi, z, when="query", norm=norm)
 
         return bn_predict(forward, x, support.x, bn, self.running.statistics(), record)
 
@@ -128,6 +127,10 @@ class MetaLearner(pl.LightningModule, ABC):
             group, rest = name.split(".", 1)
             groups.setdefault(group, {})[rest] = parameter
         return groups
+
+    def network(self, theta: Theta) -> Params:
+        """What a pass through the network depends on: its parameters, and those of a regularizer that acts inside."""
+        return theta["net"] | {OWN + k: p for k, p in theta.get("regularizer", {}).items()}
 
     def loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         """`[B]`: mean cross-entropy of logits `[B, n, N]`, or mean squared error of `[B, n, outputs]`."""
@@ -162,10 +165,11 @@ class MetaLearner(pl.LightningModule, ABC):
         stop: str | None = None,
         norm: Normalization | None = None,
     ) -> Tensor:
-        """The network between two sites, with the regularizer's feature hook at each site."""
+        """The network between two sites, with the regularizer's feature hook at each site (`params`: see `network`)."""
         on_site = None
         if self.regularizer.overrides("features"):
-            on_site = lambda value, site: self.regularizer.features(value, site, when)  # noqa: E731
+            own = {k.removeprefix(OWN): p for k, p in params.items() if k.startswith(OWN)}
+            on_site = lambda value, site: self.regularizer.features(value, site, when, own)  # noqa: E731
         return self.net.run(params, h, start, stop, norm=norm, on_site=on_site)
 
     def chunks(self, episodes: Episode) -> list[slice]:
@@ -191,9 +195,9 @@ class MetaLearner(pl.LightningModule, ABC):
         for part in self.updates(batch):
             result = meta_gradient(self, part)
             self._guard(result, part)
-            for parameter, grad in zip(self.parameters(), result.grads, strict=True):
+            grads = clipped(result.grads, self.outer_optimizer)
+            for parameter, grad in zip(self.parameters(), grads, strict=True):
                 parameter.grad = grad
-            clip_(list(result.grads), self.outer_optimizer)
             self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
@@ -278,6 +282,3 @@ class MetaLearner(pl.LightningModule, ABC):
     def initialize(self, seed: int) -> None:
         """Draw the initial meta-parameters from the run's seed."""
         self.net.reset(Key(seed, "init"))
-
-
-__all__ = ["Diverged", "MetaLearner", "task_mean"]

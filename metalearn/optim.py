@@ -77,13 +77,12 @@ class SGD(OuterOptimizer):
         return torch.optim.SGD(parameters, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
 
 
-def clip_(grads: list[Tensor], optimizer: OuterOptimizer) -> None:
-    """Clip gradients in place: entries first, then the global norm."""
+def clipped(grads: list[Tensor], optimizer: OuterOptimizer) -> list[Tensor]:
+    """The gradients with each entry clipped, and then their global norm."""
     if optimizer.clip_value is not None:
-        for grad in grads:
-            grad.clamp_(-optimizer.clip_value, optimizer.clip_value)
+        grads = [grad.clamp(-optimizer.clip_value, optimizer.clip_value) for grad in grads]
     if optimizer.clip_norm is not None:
         norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
         scale = (optimizer.clip_norm / (norm + 1e-6)).clamp(max=1.0)
-        for grad in grads:
-            grad.mul_(scale)
+        grads = [grad * scale for grad in grads]
+    return grads

@@ -47,7 +47,6 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
         kind=dataset.kind,
         regularizer=build("regularizer", config["regularizer"]),
         chunk_bytes=int(trainer["chunk_mib"] * 2**20),
-        seed=config["seed"],
     )
     learner.initialize(config["seed"])
     learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])

@@ -248,7 +248,7 @@ def regularizer(**hooks: Any) -> Regularizer:
 
 
 IDENTITIES: dict[str, Any] = {
-    "features": lambda h, site, when: h,
+    "features": lambda h, site, when, own: h,
     "episodes": lambda episodes, key: episodes,
     "task_gradients": lambda grads: grads,
     "penalty": lambda learner, theta, episodes, out: None,
@@ -308,7 +308,7 @@ def test_features_pass_each_site_once(case):
     """In each forward pass; ANIL's body makes one pass of the support set."""
     calls: list[tuple[str, str]] = []
 
-    def record(h: Tensor, site: str, when: str) -> Tensor:
+    def record(h: Tensor, site: str, when: str, own: Any) -> Tensor:
         calls.append((when, site))
         return h
 
@@ -329,12 +329,41 @@ def test_features_pass_each_site_once(case):
 @each([("maml", "classification"), ("anil", "regression")])
 def test_features_map_what_the_network_sees(case, when, part):
     """Doubling at the input is doubling the inputs, while adapting or on the query set."""
-    double = regularizer(features=lambda h, site, now: 2 * h if (site, now) == ("input", when) else h)
+    double = regularizer(features=lambda h, site, now, own: 2 * h if (site, now) == ("input", when) else h)
     episodes = tasks_for(case)
     doubled = list(episodes)
     doubled[part] = Examples(2 * episodes[part].x, episodes[part].y)
     grads = outer_gradient(create(case, regularizer=double), episodes)
     assert_close(list(grads.values()), list(outer_gradient(create(case), Episode(*doubled)).values()))
+
+
+class Gate(Regularizer):
+    """Scales the features by a meta-parameter of its own, while adapting and on the query set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+
+    def features(self, h: Tensor, site: str, when: str, own: Any) -> Tensor:
+        return h * own["scale"] if site == "feat" else h
+
+
+@each([("maml", "regression"), ("anil", "regression")])
+def test_a_regularizer_inside_the_network_learns_through_the_inner_loop(case):
+    """The gradient of its own parameter is the central difference of the objective, adaptation included."""
+    gate = Gate()
+    learner, episodes = create(case, regularizer=gate), tasks_for(case)
+    grads = outer_gradient(learner, episodes)
+
+    def objective(value: float) -> float:
+        with torch.no_grad():
+            gate.scale.fill_(value)
+        return float(meta_gradient(learner, meta_batch(episodes)).loss.mean())
+
+    at = gate.scale.item()
+    central = (objective(at + 1e-5) - objective(at - 1e-5)) / 2e-5
+    own = next(g for name, g in grads.items() if name.endswith("scale"))
+    torch.testing.assert_close(float(own), central, rtol=1e-7, atol=1e-9)  # error of the difference about 1e-10
 
 
 @each(CASES)

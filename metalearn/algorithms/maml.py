@@ -34,7 +34,7 @@ class MAML(MetaLearner):
 
         Features that no moving parameter influences are computed once (ANIL: one pass of the body).
         """
-        net = theta["net"]
+        net = self.network(theta)
         moving = {k: p for k, p in net.items() if k.startswith(self.adapted) and self.net.adapts(k)}
         frozen = {k: p for k, p in net.items() if k not in moving}
         site = self.net.first_site(list(moving))

@@ -55,7 +55,7 @@ class ProtoNet(MetaLearner):
         way, shots, queries = int(support.y.max()) + 1, support.x.shape[1], x.shape[1]
 
         def embed(z: Tensor, norm: Normalization) -> Tensor:
-            return self.run_net(theta["net"] | phi, z, when="query", stop="feat", norm=norm)
+            return self.run_net(self.network(theta) | phi, z, when="query", stop="feat", norm=norm)
 
         if bn == "support_plus_one":
             z = embed(sets_with_support(x, support.x), Normalization(sets=queries)).unflatten(1, (queries, -1))

@@ -8,6 +8,7 @@ from torch import Tensor
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.functional import Trajectory, gradient, per_task, surrogate
 from metalearn.learner import MetaLearner
+from metalearn.ops import Normalization, Statistics
 from metalearn.random import TaskKey
 
 BETA2, EPS = 0.999, 1e-8
@@ -71,11 +72,11 @@ class Reptile(MetaLearner):
         pool = Examples(
             torch.cat([episodes.support.x, episodes.query.x], 1), torch.cat([episodes.support.y, episodes.query.y], 1)
         )
-        trajectory, loss, (second, taken) = self._descend(theta, pool, self.inner_steps, self.inner_batch, key)
+        trajectory, loss, (second, taken), seen = self._descend(theta, pool, self.inner_steps, self.inner_batch, key)
         start = per_task(theta["net"], episodes.tasks, self.shapes)
         displacement = {k: start[k] - trajectory[-1][k] for k in start}
         state = {**second, "taken": taken.expand(episodes.tasks)} if self.inner_state == "carry" else {}
-        return TaskOutput(surrogate(loss, start, displacement), None, trajectory[-1], {}, {}, state)
+        return TaskOutput(surrogate(loss, start, displacement), None, trajectory[-1], {}, seen, state)
 
     def updates(self, batch: MetaBatch) -> list[MetaBatch]:
         """One update for all tasks, or one for each in turn (`serial`)."""
@@ -91,24 +92,24 @@ class Reptile(MetaLearner):
 
     def _descend(
         self, theta: Theta, pool: Examples, steps: int, size: int | None, key: TaskKey | None
-    ) -> tuple[Trajectory, Tensor, Moments]:
-        """The inner loop, without any graph: parameters after each step, last minibatch loss, moments."""
+    ) -> tuple[Trajectory, Tensor, Moments, Statistics]:
+        """The inner loop, without any graph: parameters after each step; loss, moments and statistics of the last."""
         tasks, n = pool.y.shape[:2]
         phi = {k: p.detach() for k, p in per_task(theta["net"], tasks, self.shapes).items()}
-        moments = self._moments(tasks)
+        moments, own, norm = self._moments(tasks), self.network(theta), Normalization(record=True)
         trajectory, loss = [phi], phi[next(iter(phi))].new_zeros(tasks)
         rows = None if key is None or size is None else minibatches(key.sub("minibatch"), n, size, steps)
         for step in range(steps):
             x, y = (pool.x, pool.y) if rows is None else _take(pool, rows[:, step])
             with torch.enable_grad():
                 phi = {k: p.detach().requires_grad_() for k, p in phi.items()}
-                value = self.inner_loss(self.run_net(phi, x, when="inner"), y)
+                value = self.inner_loss(self.run_net(own | phi, x, when="inner", norm=norm), y)
                 grads = gradient(value, {k: p for k, p in phi.items() if self.net.adapts(k)})
             moments, moves = self._rule(moments, grads)
             phi = {k: (p - moves[k] if k in moves else p).detach() for k, p in phi.items()}
             loss = value.detach()
             trajectory.append(phi)
-        return trajectory, loss, moments
+        return trajectory, loss, moments, norm.seen
 
     def _moments(self, tasks: int) -> Moments:
         carried = {k: self.get_buffer(_buffer(k)).expand(tasks, *shape) for k, shape in self.shapes.items()}

@@ -64,6 +64,7 @@ class Backbone(nn.Module):
         for stage in stages:
             self.add_module(stage.name, stage)
         self.stages = [stage.name for stage in stages]
+        self.names = {name for name, _ in self.named_parameters()}
         self.bn_affine_inner = bn_affine_inner
 
     @property
@@ -82,7 +83,7 @@ class Backbone(nn.Module):
 
     def adapts(self, name: str) -> bool:
         """Whether an inner loop may move this parameter at all."""
-        return self.bn_affine_inner or ".norm." not in name
+        return name in self.names and (self.bn_affine_inner or ".norm." not in name)
 
     def stage(self, name: str) -> Stage:
         """The stage that ends at site `name`."""

@@ -20,8 +20,11 @@ class Regularizer(nn.Module):
     optimizer, and finds them in `theta["regularizer"]`.
     """
 
-    def features(self, h: Tensor, site: str, when: Literal["inner", "query"]) -> Tensor:
-        """Map the activations `[B, n, ...]` at a site of the network, while adapting or on the query set."""
+    def features(self, h: Tensor, site: str, when: Literal["inner", "query"], own: Params) -> Tensor:
+        """Map the activations `[B, n, ...]` at a site of the network, while adapting or on the query set.
+
+        `own` are this regularizer's meta-parameters by name; using `self`'s instead would cut their gradient.
+        """
         return h
 
     def episodes(self, episodes: Episode, key: TaskKey) -> Episode:

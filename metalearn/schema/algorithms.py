@@ -77,6 +77,12 @@ class Reptile(InnerLoop):
     test_inner_batch: int | None = key(5, "examples of a minibatch in evaluation; null for the support set", ge=1)
     serial: bool = key(False, "update theta after each task of a meta-batch instead of once for all")
 
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        if run["backbone"].get("bn_affine", "none") != "none" and not run["backbone"]["bn_affine_inner"]:
+            yield "backbone.bn_affine_inner=false: must be true with reptile, which learns what its inner loop moves"
+
 
 @dataclass
 class ProtoNet(Algorithm):

@@ -30,7 +30,7 @@ def validate(config: Config) -> Config:
 def _section(prefix: str, fields: dict[str, Field], values: Config) -> Config:
     for name in values:
         if name not in fields:
-            raise BadInput(f"{prefix}{name}: no such key{nearest(name, fields)}")
+            raise BadInput(f"{prefix}{name}: no such key{nearest(prefix + name, [prefix + f for f in fields])}")
     return {name: field.check(prefix + name, values.get(name, field.default)) for name, field in fields.items()}
 
 
