@@ -197,7 +197,8 @@ class MetaLearner(pl.LightningModule, ABC):
             self._guard(result, part)
             grads = clipped(result.grads, self.outer_optimizer)
             for parameter, grad in zip(self.parameters(), grads, strict=True):
-                parameter.grad = grad
+                # in the parameter's own layout: torch's fused Adam pairs memory, not entries (a channels-last gradient)
+                parameter.grad = torch.empty_like(parameter).copy_(grad)
             self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate

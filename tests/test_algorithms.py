@@ -19,7 +19,7 @@ from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.functional import per_task, unrolled
 from metalearn.learner import Diverged, MetaLearner
 from metalearn.meta_gradient import MetaGradient, meta_gradient
-from metalearn.optim import Adam
+from metalearn.optim import SGD, Adam
 from metalearn.random import TaskKey
 from metalearn.regularizers import Regularizer
 
@@ -237,6 +237,25 @@ def test_unknown_modes_are_refused():
     episodes = oracles.pictures()
     with pytest.raises(ValueError, match="unknown batch-norm mode 'eval'; one of batch, support_plus_one"):
         predictions(create(("maml", "classification")), episodes, "eval")(episodes.query.x)
+
+
+@pytest.mark.parametrize("optimizer", [Adam(lr=0.01), SGD(lr=0.01, momentum=0.9)])
+@each([case for case in CASES if not case[0].endswith("serial")])
+def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
+    """Three meta-steps are three steps of torch's unfused optimizer on the meta-gradients (layouts of gradients vary)."""
+    learner, episodes = create(case), tasks_for(case)
+    learner.attach(optimizer, 3)
+    ours = learner.configure_optimizers()
+    plain = {n: torch.nn.Parameter(p.detach().clone().contiguous()) for n, p in learner.named_parameters()}
+    adam = isinstance(optimizer, Adam)
+    theirs = torch.optim.Adam(plain.values(), lr=0.01) if adam else torch.optim.SGD(plain.values(), 0.01, momentum=0.9)
+    for _ in range(3):
+        grads = outer_gradient(learner, episodes)
+        for name, parameter in plain.items():
+            parameter.grad = grads[name].detach().clone().contiguous()
+        theirs.step()
+        learner.meta_step(meta_batch(episodes), ours)
+        assert_close({n: p.detach() for n, p in learner.named_parameters()}, {n: p.detach() for n, p in plain.items()})
 
 
 # ---- hooks of a regularizer --------------------------------------------------------------------------------------
