@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import pytorch_lightning as pl
@@ -169,7 +170,7 @@ class MetaLearner(pl.LightningModule, ABC):
         on_site = None
         if self.regularizer.overrides("features"):
             own = {k.removeprefix(OWN): p for k, p in params.items() if k.startswith(OWN)}
-            on_site = lambda value, site: self.regularizer.features(value, site, when, own)  # noqa: E731
+            on_site = partial(self.regularizer.features, when=when, own=own)
         return self.net.run(params, h, start, stop, norm=norm, on_site=on_site)
 
     def chunks(self, episodes: Episode) -> list[slice]:

@@ -6,20 +6,24 @@ The data set's path is replaced by `<dataset.root>`: a result names data by its 
 """
 
 import json
-import shutil
 import sys
 from pathlib import Path
 
+import pandas as pd
+
 
 def curate(cell: Path, target: Path) -> None:
-    """Copy result.json (without paths of this machine) and episodes.parquet."""
+    """Copy result.json without paths of this machine, and the episodes at the last adaptation step (float32)."""
     result = json.loads((cell / "result.json").read_text())
     if "root" in result["config"]["dataset"]:
         result["config"]["dataset"]["root"] = "<dataset.root>"
     result["config"]["output_dir"] = "outputs"
     target.mkdir(parents=True, exist_ok=True)
     (target / "result.json").write_text(json.dumps(result, indent=1) + "\n")
-    shutil.copy(cell / "episodes.parquet", target / "episodes.parquet")
+    episodes = pd.read_parquet(cell / "episodes.parquet")
+    last = episodes[episodes["step"] == result["protocol"]["test_steps"]]
+    small = last.astype({"episode": "int32", "step": "int16", "value": "float32", "loss": "float32"})
+    small.to_parquet(target / "episodes.parquet", index=False, compression="zstd")
 
 
 if __name__ == "__main__":

@@ -348,7 +348,7 @@ def test_features_pass_each_site_once(case):
 @each([("maml", "classification"), ("anil", "regression")])
 def test_features_map_what_the_network_sees(case, when, part):
     """Doubling at the input is doubling the inputs, while adapting or on the query set."""
-    double = regularizer(features=lambda h, site, now, own: 2 * h if (site, now) == ("input", when) else h)
+    double = regularizer(features=lambda h, site, when, own, at=when: 2 * h if (site, when) == ("input", at) else h)
     episodes = tasks_for(case)
     doubled = list(episodes)
     doubled[part] = Examples(2 * episodes[part].x, episodes[part].y)
