@@ -21,6 +21,8 @@ from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
 
 DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+REFUSED: list[str] = []
+"""Ids of cells that asked for what this machine does not have."""
 FLAGS: list[str] = []
 """Options and Hydra's own overrides of this command line, for every cell."""
 
@@ -106,6 +108,10 @@ def _task(config: DictConfig) -> str | None:
         if leader:
             _show(cell)
         return state
+    except BadInput as error:  # what only torch could know
+        print(f"metalearn: {error}", file=sys.stderr)
+        REFUSED.append(cell.cell_id)
+        return None
     except Exception as error:  # one failed cell must not stop the others; status.json says why it failed
         traceback.print_exc()
         print(f"metalearn: cell {cell.cell_id} failed: {error}", file=sys.stderr)
@@ -149,6 +155,8 @@ def _summary(found: list[cells.Cell]) -> None:
 
 
 def _exit_code(found: list[cells.Cell]) -> int:
+    if len(found) == 1 and found[0].cell_id in REFUSED:
+        return BAD_INPUT
     states = set(_states(found))
     if states - {"done", "diverged"}:
         return OTHER

@@ -81,10 +81,12 @@ class CellDir:
             self._lock.acquire(timeout=0)
         except Timeout:
             status = self.status
-            raise Busy(
-                f"cell {self.cell_id} is being run by process {status.get('pid')} on {status.get('host')} "
-                f"(attempt {status.get('attempt')})"
-            ) from None
+            who = (
+                f"process {status['pid']} on {status['host']} (attempt {status['attempt']})"
+                if status
+                else "another process, which has just begun"
+            )
+            raise Busy(f"cell {self.cell_id} is being run by {who}") from None
 
     def release(self) -> None:
         """Give the lock back."""
@@ -105,6 +107,8 @@ class CellDir:
             "error": None,
         }
         self.path.mkdir(parents=True, exist_ok=True)
+        for stale in (*self.path.glob(".*.part"), *self.path.glob("checkpoints/.*.part")):
+            stale.unlink()  # of a writer that was killed; we hold the lock
         self.beat(force=True)
         return attempt
 

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import pytorch_lightning as pl
 import torch
+import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 
 from metalearn.cells import Cell
@@ -21,6 +22,7 @@ from metalearn.ledger import CellDir, Checkpoints, leads, note_trained, trained_
 from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
 from metalearn.record import git_state, result_of
+from metalearn.schema import BadInput
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
@@ -86,6 +88,7 @@ def run(cell: Cell) -> str:
         import yaml
 
         write_atomically(directory.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
+    before = dict(os.environ)
     try:
         state = _train_and_test(cell, directory, attempt, main)
     except (KeyboardInterrupt, SystemExit):
@@ -96,9 +99,20 @@ def run(cell: Cell) -> str:
         if main:
             directory.finish("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        _leave_group(before)
     if main:
         directory.finish(state)
     return state
+
+
+def _leave_group(before: dict[str, str]) -> None:
+    """End this run's process group, so that the next cell of a sweep can form its own."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE"):  # set by Lightning
+        if name not in before:
+            os.environ.pop(name, None)
 
 
 def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) -> str:
@@ -138,6 +152,8 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
 def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger: Logger | None) -> pl.Trainer:
     """Lightning's trainer, for devices, processes and hooks; the meta-step and its counter are ours."""
     t = config["trainer"]
+    if t["accelerator"] == "cuda" and not torch.cuda.is_available():
+        raise BadInput("trainer.accelerator=cuda: this machine has no usable GPU; use auto or cpu")
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(t["accelerator"], t["accelerator"]),
         devices=t["devices"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import schema, sweeper
+from metalearn import cells, schema, sweeper
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,3 +17,12 @@ def hydra_knows_us():
 def one_thread():
     """Results must not depend on how many threads the machine offers."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def compose_once():
+    """Keep compositions between calls of `expand`, for modules in which conf/ does not change."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cells._base, "cache_clear", lambda: None)
+        yield
+    cells._base.cache_clear()

@@ -242,7 +242,7 @@ def test_unknown_modes_are_refused():
 @pytest.mark.parametrize("optimizer", [Adam(lr=0.01), SGD(lr=0.01, momentum=0.9)])
 @each([case for case in CASES if not case[0].endswith("serial")])
 def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
-    """Three meta-steps are three steps of torch's unfused optimizer on the meta-gradients (layouts of gradients vary)."""
+    """Three meta-steps are three of torch's unfused optimizer on the meta-gradients, whatever their memory layout."""
     learner, episodes = create(case), tasks_for(case)
     learner.attach(optimizer, 3)
     ours = learner.configure_optimizers()

@@ -61,6 +61,15 @@ class MAML(InnerLoop):
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
 
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        from metalearn.schema.registry import member_of
+
+        yield from super().problems(algorithm, run)
+        adapted, layers = algorithm["adapted"], member_of("backbone", run["backbone"]).layers(run["backbone"])
+        if not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
+            yield f"algorithm.adapted={adapted}: must be empty or begin the name of one of {', '.join(layers)}"
+
 
 @dataclass
 class Reptile(InnerLoop):

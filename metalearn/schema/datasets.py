@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
+from zipfile import BadZipFile
 
 from metalearn.schema.keys import BadInput, key
 
@@ -16,7 +17,6 @@ class Dataset:
     target: ClassVar[str]
     epoch: ClassVar[int] = 1
     kind: ClassVar[str]
-    image: ClassVar[bool] = False
 
     name: str = key("", "name in tables and logs", touches="none")
     seed: int = key(0, "seed of what the data set itself draws: splits, label groups, renderings", ge=0, lt=2**31)
@@ -25,6 +25,11 @@ class Dataset:
     def problems(cls, dataset: Config) -> Iterator[str]:
         """Combinations of keys that cannot be."""
         yield from ()
+
+    @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        """Height and width of its pictures in pixels; None if it has none."""
+        return None
 
     @classmethod
     def data_hash(cls, dataset: Config) -> str:
@@ -37,7 +42,6 @@ class ImageDataset(Dataset):
     """N-way K-shot classification of pictures; see `metalearn.datasets.base.ImageDataset`."""
 
     kind: ClassVar[str] = "classification"
-    image: ClassVar[bool] = True
 
     way: int = key(5, "classes of a training task (N)", ge=2)
     shot: int = key(1, "support pictures a class in training (K)", ge=1)
@@ -89,6 +93,10 @@ class Glyphs(ImageDataset):
         }
 
     @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        return 28
+
+    @classmethod
     def data_hash(cls, dataset: Config) -> str:
         from metalearn.datasets.glyph_inventory import data_hash
 
@@ -131,13 +139,18 @@ class Omniglot(ImageDataset):
         return {split: (times * n, 20) for split, n in zip(("train", "val", "test"), characters, strict=True)}
 
     @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        return dataset["size"]
+
+    @classmethod
     def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.archives import DownloadError
         from metalearn.datasets.omniglot_files import data_hash, prepare
 
         try:
             prepare(dataset["root"], download=dataset["download"], checksum=dataset["checksum"])
             return data_hash(dataset["root"])
-        except (FileNotFoundError, ValueError) as error:
+        except (FileNotFoundError, ValueError, DownloadError, BadZipFile) as error:
             raise BadInput(str(error)) from None
 
 

@@ -1,9 +1,12 @@
 """Keys of backbones, regularizers, samplers and outer optimizers."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from metalearn.schema.keys import key
+
+Config = dict[str, Any]
 
 
 @dataclass
@@ -12,7 +15,6 @@ class MLP:
 
     target: ClassVar[str] = "metalearn.backbones.MLP"
     epoch: ClassVar[int] = 1
-    image: ClassVar[bool] = False
 
     name: str = key("", "name in tables and logs", touches="none")
     hidden: list[int] = key([40, 40], "widths of the hidden layers", ge=1)
@@ -23,6 +25,16 @@ class MLP:
         choices=("torch", "truncated_normal"),
     )
 
+    @classmethod
+    def layers(cls, backbone: Config) -> list[str]:
+        """Names that begin parameters' names, in order."""
+        return [*(f"h{i + 1}" for i in range(len(backbone["hidden"]))), "head"]
+
+    @classmethod
+    def problems(cls, backbone: Config, side: int | None) -> Iterator[str]:
+        """Why this network cannot take pictures of `side` pixels (None: no pictures)."""
+        yield from ()
+
 
 @dataclass
 class Conv4:
@@ -30,7 +42,6 @@ class Conv4:
 
     target: ClassVar[str] = "metalearn.backbones.Conv4"
     epoch: ClassVar[int] = 1
-    image: ClassVar[bool] = True
 
     name: str = key("", "name in tables and logs", touches="none")
     width: int = key(64, "filters of every block", ge=1)
@@ -49,6 +60,20 @@ class Conv4:
     head_init: str = key(
         "xavier", "initial weights of the head: Xavier uniform, or N(0, 1)", choices=("xavier", "normal")
     )
+
+    @classmethod
+    def layers(cls, backbone: Config) -> list[str]:
+        """Names that begin parameters' names, in order."""
+        return [*(f"block{i + 1}" for i in range(backbone["blocks"])), "head"]
+
+    @classmethod
+    def problems(cls, backbone: Config, side: int | None) -> Iterator[str]:
+        """Why this network cannot take pictures of `side` pixels (None: no pictures)."""
+        if side is None:
+            yield f"backbone={backbone['name']}: needs pictures, and this data set has none; use mlp_sine"
+        elif backbone["downsample"] == "maxpool" and side >> backbone["blocks"] == 0:
+            most = side.bit_length() - 1
+            yield f"backbone.blocks={backbone['blocks']}: must be <= {most} for pictures of {side}x{side} pixels"
 
 
 @dataclass

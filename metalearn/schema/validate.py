@@ -41,8 +41,7 @@ def _combinations(run: Config) -> Iterator[str]:
     name, source = run["algorithm"]["name"], run["dataset"]["name"]
     if dataset.kind not in algorithm.kinds:
         yield f"algorithm={name}: only for {' and '.join(algorithm.kinds)}, and dataset={source} is {dataset.kind}"
-    if backbone.image and not dataset.image:
-        yield f"backbone={run['backbone']['name']}: needs pictures, and dataset={source} has none; use mlp_sine"
+    yield from backbone.problems(run["backbone"], dataset.side(run["dataset"]))
     yield from dataset.problems(run["dataset"])
     yield from algorithm.problems(run["algorithm"], run)
     test_way = run["dataset"].get("test_way")

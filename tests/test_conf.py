@@ -1,0 +1,148 @@
+"""Every yaml composes, validates and instantiates; schemas and constructors agree."""
+
+import inspect
+import math
+import typing
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import tiny_omniglot
+import yaml
+
+from metalearn import cells
+from metalearn.cells import expand, members
+from metalearn.paths import conf_dir
+from metalearn.run import NOT_ARGUMENTS, build, build_data, build_learner
+from metalearn.schema import GROUPS, MEMBERS, fields_of
+from metalearn.schema.groups import Run
+from metalearn.schema.registry import SINGLE
+
+pytestmark = pytest.mark.usefixtures("compose_once")
+PLAIN = yaml.safe_load(Path(conf_dir(), "config.yaml").read_text())["defaults"]
+CHOICES = [(group, name) for group in cells.CHOICES for name in members(group)]
+TYPES = [(group, schema) for group, found in MEMBERS.items() for schema in found.values()]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder that passes for Omniglot until pictures are read."""
+    with pytest.MonkeyPatch.context() as patch:
+        tiny_omniglot.pretend(patch)
+        yield tiny_omniglot.archives(tmp_path_factory.mktemp("omniglot"))
+
+
+def legal(group: str, name: str) -> list[str]:
+    """A run that this member of a group can be part of; none of its own if the plain run has it."""
+    if {group: name} in PLAIN:
+        return []
+    if group == "dataset_algorithm":
+        (dataset,) = (d for d in members("dataset") if name.startswith(f"{d}_"))
+        return [f"dataset={dataset}", f"algorithm={name.removeprefix(f'{dataset}_')}"]
+    if group == "backbone" and name.startswith("mlp"):
+        return [f"backbone={name}", "dataset=sinusoid"]
+    return [f"{group}={name}"]
+
+
+@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda v: v)
+def test_every_yaml_composes_and_instantiates(group, name, root):
+    arguments = legal(group, name)
+    file = Path(conf_dir(), group, f"{name}.yaml")
+    if "dataset=omniglot" in arguments or "dataset: omniglot" in file.read_text():
+        arguments += [f"dataset.root={root}", "dataset.checksum=off"]
+    for cell in expand(arguments):
+        if group == "dataset_algorithm":
+            assert f"{group}={name}" in cell.overrides
+        elif "name" in cell.config.get(group, {}):
+            assert cell.config[group]["name"] == name
+        dataset = build("dataset", cell.config["dataset"])
+        assert dataset.data_hash() == cell.data_hash
+        learner = build_learner(cell.config, dataset)
+        assert dataset.kind in learner.kinds and learner.configure_optimizers().param_groups
+        assert build_data(cell.config, dataset).sampler.tasks(4).tolist() == [0, 1, 2, 3]
+
+
+def test_every_group_has_members_and_every_folder_is_a_group():
+    folders = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
+    assert folders <= set(cells.CHOICES) and set(GROUPS) <= {group for group, _ in CHOICES}
+
+
+def constructor(schema) -> dict[str, inspect.Parameter]:
+    """The keyword arguments of a schema's class, with those that it hands on to its bases."""
+    module, name = schema.target.rsplit(".", 1)
+    found: dict[str, inspect.Parameter] = {}
+    for base in getattr(import_module(module), name).__mro__:
+        if "__init__" in vars(base):
+            parameters = inspect.signature(base.__init__).parameters
+            hints = typing.get_type_hints(base.__init__)
+            found = {k: p.replace(annotation=hints.get(k)) for k, p in parameters.items()} | found
+            if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+                break
+    return {name: p for name, p in found.items() if p.kind is p.KEYWORD_ONLY}
+
+
+GIVEN = {  # by `build_learner`
+    "backbone": {"input_shape", "outputs"},
+    "algorithm": {"net", "kind", "regularizer", "chunk_bytes", "seed"},
+}
+STEPS = {"inner_steps", "test_steps", "inner_loss_reduction"}  # no keys of algorithms that do not descend
+
+
+@pytest.mark.parametrize(("group", "schema"), TYPES, ids=lambda v: getattr(v, "__name__", v))
+def test_keys_are_the_constructors_arguments(group, schema):
+    keys = fields_of(schema).keys() - set(NOT_ARGUMENTS)
+    arguments = constructor(schema)
+    assert keys <= arguments.keys()
+    assert arguments.keys() - keys - GIVEN.get(group, set()) in (set(), STEPS if group == "algorithm" else set())
+    required = {name for name, p in arguments.items() if p.default is p.empty}
+    assert required <= keys | GIVEN.get(group, set())
+
+
+@pytest.mark.parametrize(("group", "schema"), TYPES, ids=lambda v: getattr(v, "__name__", v))
+def test_choices_are_those_of_the_constructor(group, schema):
+    fields = fields_of(schema)
+    for name, parameter in constructor(schema).items():
+        if name in fields and typing.get_origin(parameter.annotation) is typing.Literal:
+            assert set(typing.get_args(parameter.annotation)) == set(fields[name].key.choices), name
+
+
+@pytest.mark.parametrize("schema", [Run, *(s for _, s in TYPES), *SINGLE.values()], ids=lambda s: s.__name__)
+def test_every_key_is_documented_and_allows_its_default(schema):
+    for name, field in fields_of(schema).items():
+        assert len(field.key.doc) > 5 and not field.key.doc.endswith("."), name
+        if not field.key.required:
+            assert field.check(name, field.default) == field.default
+        assert field.key.touches in ("train", "test", "none")
+
+
+@pytest.mark.parametrize(("group", "schema"), TYPES, ids=lambda v: getattr(v, "__name__", v))
+def test_schemas_know_what_their_classes_say(group, schema):
+    module, name = schema.target.rsplit(".", 1)
+    cls = getattr(import_module(module), name)
+    for attribute in ("kind", "kinds", "needs_head"):
+        if hasattr(schema, attribute):
+            assert getattr(schema, attribute) == getattr(cls, attribute)
+
+
+SINE, OMNIGLOT, MINI, CIFAR = (1,), (1, 28, 28), (3, 84, 84), (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "outputs", "affine", "count"),
+    [
+        ("mlp_sine", SINE, 1, None, 1_761),
+        ("mlp_reptile", SINE, 1, None, 4_353),
+        ("conv4_omniglot", OMNIGLOT, 5, "none", 111_749),
+        ("conv4_mini", MINI, 5, "full", 32_901),
+        ("conv4_mini", MINI, 5, "none", 32_645),
+        ("conv4_cifarfs", CIFAR, 5, "none", 28_805),
+        ("conv4_proto", OMNIGLOT, 0, "none", 111_424),
+        ("conv4_proto", OMNIGLOT, 0, "full", 111_936),
+    ],
+)
+def test_parameter_counts(name, shape, outputs, affine, count):
+    """The published sizes of the networks."""
+    (cell,) = expand(legal("backbone", name))
+    section = cell.config["backbone"] | ({} if affine is None else {"bn_affine": affine})
+    net = build("backbone", section, input_shape=shape, outputs=outputs)
+    assert sum(math.prod(shape) for shape in net.shapes().values()) == count
