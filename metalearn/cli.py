@@ -29,8 +29,8 @@ FLAGS: list[str] = []
 
 def main() -> None:
     """Run what the command line asks for and exit: 0 done, 2 bad input, 3 diverged, 1 anything else."""
-    # before torch is imported: idle OpenMP threads spin for long by default, which makes everything several times slower
-    # where cores are shared; spinning briefly keeps nearly all of the speed of idle cores
+    # before torch is imported: idle OpenMP threads spin for long by default, which makes everything several times
+    # slower where cores are shared; spinning briefly keeps nearly all of the speed of idle cores
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     register_schemas()
