@@ -21,6 +21,8 @@ from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
 
 DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+FAILED: list[str] = []
+"""Ids of cells that raised in this process."""
 REFUSED: list[str] = []
 """Ids of cells that asked for what this machine does not have."""
 FLAGS: list[str] = []
@@ -49,11 +51,11 @@ def _main(arguments: list[str]) -> int:
     if parsed.help:
         print(usage([a for a in parsed.overrides if "=" not in a]))
         return DONE
-    for argument in unknown:
+    for argument in (a for a in unknown if a.startswith("-")):
         raise BadInput(f"{argument}: no such option; see metalearn --help")
     if parsed.hydra_help or parsed.shell_completion or parsed.info:
         return _hydra(arguments)
-    overrides = parsed.overrides
+    overrides = [*parsed.overrides, *unknown]  # argparse leaves what follows an option in the middle
     if not parsed.multirun:
         _only_experiments_sweep(overrides)
     found = cells.expand(overrides, [parsed.config_dir] if parsed.config_dir else [])
@@ -116,6 +118,7 @@ def _task(config: DictConfig) -> str | None:
         return None
     except Exception as error:  # one failed cell must not stop the others; status.json says why it failed
         traceback.print_exc()
+        FAILED.append(cell.cell_id)
         print(f"metalearn: cell {cell.cell_id} failed: {error}", file=sys.stderr)
         return None
     finally:
@@ -157,6 +160,8 @@ def _summary(found: list[cells.Cell]) -> None:
 
 
 def _exit_code(found: list[cells.Cell]) -> int:
+    if not leads():  # rank 0 has yet to write the result
+        return OTHER if FAILED else DONE
     if len(found) == 1 and found[0].cell_id in REFUSED:
         return BAD_INPUT
     states = set(_states(found))

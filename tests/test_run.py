@@ -236,3 +236,14 @@ def test_two_gloo_processes_are_one(tmp_path):
         torch.testing.assert_close(two[name], one[name], rtol=1e-12, atol=1e-12)
     a, b = (result(tmp_path / d, cell)["metrics"]["mse"] for d in ("1", "2"))
     assert a["n"] == b["n"] == 9 and math.isclose(a["mean"], b["mean"], rel_tol=1e-9)
+
+
+@pytest.mark.slow
+def test_a_sweep_of_two_process_cells(tmp_path):
+    """Each cell forms its own process group, after the group of the one before has ended."""
+    common = ("trainer.max_steps=6", "trainer.val_every=3", "trainer.devices=2", "seed=0,1")
+    done = console(tmp_path, "-m", *common)
+    assert done.returncode == 0, done.stderr
+    for seed in (0, 1):
+        cell = cell_of(tmp_path, *common[:3], f"seed={seed}")
+        assert result(tmp_path, cell)["steps"] == 6
