@@ -74,6 +74,11 @@ class MetaLearner(pl.LightningModule, ABC):
         self.optimizer_state: dict[str, Any] | None = None
         self.automatic_optimization = False
         self.watch(["batch"], "headline")
+        if self.couples_tasks and self.regularizer.overrides("task_gradients"):
+            raise ValueError(
+                f"{type(self.regularizer).__name__}.task_gradients needs an outer objective that is a mean over tasks, "
+                "and `outer` or `penalty` makes it another; use one or the other"
+            )
 
     # ---- what an algorithm defines -------------------------------------------------------------------------------
 
@@ -111,6 +116,11 @@ class MetaLearner(pl.LightningModule, ABC):
     def outer(self, theta: Theta, episodes: Episode, out: TaskOutput) -> Tensor:
         """The outer objective from all tasks' outputs: their mean."""
         return out.loss.mean()
+
+    @property
+    def couples_tasks(self) -> bool:
+        """Whether the outer objective is more than a mean of what each task contributes by itself."""
+        return type(self).outer is not MetaLearner.outer or self.regularizer.overrides("penalty")
 
     def updates(self, batch: MetaBatch) -> list[MetaBatch]:
         """The outer updates that one meta-step makes, in order: one over all its tasks."""

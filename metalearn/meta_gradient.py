@@ -39,7 +39,7 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
     """The gradient of `learner.outer` (plus the regularizer's penalty) over the tasks of all ranks."""
     regularizer = learner.regularizer
     episodes = regularizer.episodes(batch.episodes, batch.key)
-    if regularizer.overrides("penalty"):
+    if learner.couples_tasks:
         grads, out = _coupled(learner, episodes, batch)
     else:
         grads, out = _separable(learner, episodes, batch)
@@ -75,7 +75,7 @@ def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tup
 def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
     """The objective needs all tasks' outputs: compute them, differentiate it in them, then pull back by chunk."""
     if batch.total != episodes.tasks:
-        raise ValueError("this regularizer couples the tasks of a meta-batch; set trainer.devices=1")
+        raise ValueError("this objective couples the tasks of a meta-batch; set trainer.devices=1")
     chunks = learner.chunks(episodes)
     if len(chunks) == 1:
         theta = _leaves(learner)

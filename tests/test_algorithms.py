@@ -306,6 +306,46 @@ def test_a_penalty_that_couples_tasks(case, fits):
     assert_close((result.grads, result.loss), (list(expected), out.loss.detach()))
 
 
+def with_outer(case: Case, outer: Any) -> MetaLearner:
+    """The learner of a case with another outer objective."""
+    learner = create(case)
+    learner.__class__ = type("Coupled", (type(learner),), {"outer": outer})
+    return learner
+
+
+def soft_maximum(learner: MetaLearner, theta: Any, episodes: Episode, out: Any) -> Tensor:
+    """Of the tasks' losses, plus what couples their parameters: not a mean of anything that chunks could have."""
+    return out.loss.logsumexp(0) + sum(p.mean(0).square().sum() for p in out.phi.values())
+
+
+@each(CASES)
+@pytest.mark.parametrize("fits", [1, 3, 5])
+def test_an_outer_objective_that_couples_tasks(case, fits):
+    """Chunked or not, its gradient is that of one graph over all tasks."""
+    learner, batch = with_outer(case, soft_maximum), meta_batch(tasks_for(case))
+    out = learner.task_loss(learner.theta(), batch.episodes, batch.key)
+    objective = soft_maximum(learner, learner.theta(), batch.episodes, out)
+    expected = torch.autograd.grad(objective, list(learner.parameters()), materialize_grads=True)
+    learner.chunk_bytes = fits * learner.net.activation_bytes(batch.episodes.query.x.shape[1])
+    assert len(learner.chunks(batch.episodes)) == {1: 5, 3: 2, 5: 1}[fits]
+    assert_close(meta_gradient(learner, batch).grads, list(expected))
+
+
+@pytest.mark.parametrize("hook", ["outer", "penalty"])
+def test_coupled_tasks_have_no_task_gradients(hook):
+    """A hook that would go unused is refused when the learner is made."""
+    hooks = {name: IDENTITIES[name] for name in ({"task_gradients", hook} & IDENTITIES.keys())}
+    cls = type("Coupled", (MAML,), {"outer": soft_maximum}) if hook == "outer" else MAML
+    with pytest.raises(ValueError, match="Toy.task_gradients needs an outer objective that is a mean over tasks"):
+        build(cls, oracles.mlp(), "regression", alpha=0.1, regularizer=regularizer(**hooks))
+
+
+def test_tasks_of_other_ranks_cannot_be_coupled():
+    learner, batch = with_outer(("maml", "regression"), soft_maximum), meta_batch(oracles.curves())
+    with pytest.raises(ValueError, match="couples the tasks of a meta-batch; set trainer.devices=1"):
+        meta_gradient(learner, batch._replace(total=2 * batch.total))
+
+
 @each(CASES)
 def test_task_gradients_are_those_of_each_task(case):
     """Weighted by the hook: the weighted mean of the gradients of the tasks alone."""
