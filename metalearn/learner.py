@@ -16,7 +16,7 @@ from metalearn.bn import RunningStatistics
 from metalearn.bn import predict as bn_predict
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.functional import Trajectory
-from metalearn.meta_gradient import MetaGradient, meta_gradient
+from metalearn.meta_gradient import MetaGradient, bad_tasks, meta_gradient
 from metalearn.ops import Normalization
 from metalearn.optim import OuterOptimizer, clipped
 from metalearn.random import Key, TaskKey
@@ -223,9 +223,8 @@ class MetaLearner(pl.LightningModule, ABC):
         """Refuse to update theta from a loss or gradient that is not finite."""
         if result.finite:
             return
-        bad = (~torch.isfinite(result.loss)).nonzero().flatten().tolist()
-        tasks = [int(batch.key.task[i]) for i in bad]
-        what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if bad else "outer gradient"
+        tasks = bad_tasks(result.loss, batch)
+        what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if tasks else "outer gradient"
         rate = getattr(self, "alpha", None)
         alpha = "" if rate is None else f", algorithm.alpha = {rate}"
         raise Diverged(

@@ -45,9 +45,19 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
         grads, out = _separable(learner, episodes, batch)
     seen = task_mean(out.seen)
     state = {k: v.mean(0) for k, v in out.state.items()}
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    if _ranks() > 1:
         seen, state = _all_reduce(grads, seen, state, out.loss.shape[0] / batch.total)
     return MetaGradient(grads, out.loss, _finite(grads, out.loss), seen, state)
+
+
+def bad_tasks(loss: Tensor, batch: MetaBatch) -> list[int]:
+    """Indices of the tasks whose loss is not finite, on all ranks (each of which has to ask)."""
+    bad = (~loss.isfinite()).to(batch.key.task.device)
+    found = [batch.key.task[bad].tolist()]
+    if (ranks := _ranks()) > 1:
+        mine, found = found[0], [[]] * ranks
+        dist.all_gather_object(found, mine)
+    return sorted(task for part in found for task in part)
 
 
 def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
@@ -140,10 +150,13 @@ def _join(parts: list[TaskOutput]) -> TaskOutput:
     return TaskOutput(*pytree.tree_map(cat, tuple(parts[0]), *(tuple(p) for p in parts[1:])))
 
 
+def _ranks() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
 def _finite(grads: list[Tensor], loss: Tensor) -> bool:
-    total = torch.stack([g.sum() for g in grads]).sum() + loss.sum()
-    flag = torch.isfinite(total).to(torch.int32)
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+    flag = torch.stack([t.isfinite().all() for t in (*grads, loss)]).all().to(torch.int32)
+    if _ranks() > 1:
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 
@@ -159,4 +172,4 @@ def _all_reduce(grads: list[Tensor], seen: Statistics, state: dict[str, Any], sh
     return seen, {k: next(moments) for k in names}
 
 
-__all__ = ["MetaGradient", "Params", "TaskKey", "meta_gradient"]
+__all__ = ["MetaGradient", "Params", "TaskKey", "bad_tasks", "meta_gradient"]

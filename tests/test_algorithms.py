@@ -3,11 +3,13 @@
 import io
 import math
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import oracles
 import pytest
 import torch
+import torch.distributed as dist
 from oracles import VALUES, LinearForm, assert_close, build, distance, meta_batch, normal, outer_gradient, quadratic
 from torch import Tensor, nn
 
@@ -486,6 +488,35 @@ def test_an_infinite_gradient_of_a_finite_loss_is_divergence():
 
     with pytest.raises(Diverged, match="outer gradient is not finite at meta-step 0"):
         step(learner, meta_batch(oracles.curves()))
+
+
+def test_large_gradients_are_no_divergence():
+    """Finite float32 entries whose sum is not."""
+    huge = regularizer(penalty=lambda _, theta, *rest: 3e38 * theta["net"]["h1.weight"].sum())
+    learner = create(("maml", "regression"), regularizer=huge).float()
+    batch = meta_batch(oracles.curves().to(torch.float32))
+    result = meta_gradient(learner, batch)
+    assert result.finite and not bool(sum(g.sum() for g in result.grads).isfinite())
+
+
+def diverge_on_rank(rank: int, folder: Path) -> None:
+    """One of two processes, of which the second has the bad task; writes what it says."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    learner, batch = create(("maml", "regression")), meta_batch(oracles.curves(5))
+    batch.episodes.query.x[3] = math.nan
+    mine = select(batch, slice(0, 2) if rank == 0 else slice(2, 5))._replace(total=5)
+    try:
+        step(learner, mine)
+    except Diverged as diverged:
+        (folder / f"rank{rank}").write_text(str(diverged))
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_every_rank_names_the_bad_task(tmp_path):
+    torch.multiprocessing.spawn(diverge_on_rank, (tmp_path,), nprocs=2)
+    said = {(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)}
+    assert len(said) == 1 and said.pop().startswith("query loss of task 3 is not finite at meta-step 0")
 
 
 # ---- MAML, FOMAML, ANIL ------------------------------------------------------------------------------------------
