@@ -14,6 +14,7 @@ from metalearn import cells
 from metalearn.cells import expand, from_composed, identity
 from metalearn.schema import MEMBERS, BadInput, fields_of, register
 from metalearn.schema.algorithms import MAML
+from metalearn.schema.datasets import Omniglot
 from metalearn.schema.groups import Run
 from metalearn.schema.keys import key
 from metalearn.schema.registry import SINGLE
@@ -109,6 +110,22 @@ def test_departures_of_a_pair_are_taken_unless_declined_or_overridden():
     plain = one(SINE, "algorithm=reptile", "backbone=mlp", "dataset_algorithm=null")
     assert plain.config["trainer"]["meta_batch_size"] == 16
     assert plain.cell_id == one(*plain.overrides, "dataset_algorithm=null").cell_id
+
+
+@pytest.fixture
+def no_omniglot(monkeypatch):
+    """Cells on Omniglot without its files."""
+    monkeypatch.setattr(Omniglot, "data_hash", classmethod(lambda cls, dataset: "omniglot"))
+
+
+def test_reptiles_headline_looks_at_one_query_at_a_time(no_omniglot):
+    """Table 2 of Nichol et al. is not transductive; features are flattened, and the step curve is left out."""
+    for arguments in ([], ["dataset=omniglot", "dataset.root=x"]):
+        shown = one("algorithm=reptile", *arguments).config
+        assert shown["evaluation"]["bn_modes"] == ["support_plus_one", "batch"]
+        assert (shown["evaluation"]["steps"], shown["backbone"]["readout"]) == ("last", "flatten")
+    assert one().config["evaluation"]["bn_modes"] == ["batch", "support_plus_one"]
+    assert one("algorithm=reptile", "backbone=conv4_omniglot").config["backbone"]["readout"] == "mean"
 
 
 GRID = """# @package _global_

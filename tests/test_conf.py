@@ -133,6 +133,7 @@ SINE, OMNIGLOT, MINI, CIFAR = (1,), (1, 28, 28), (3, 84, 84), (3, 32, 32)
         ("mlp_sine", SINE, 1, None, 1_761),
         ("mlp_reptile", SINE, 1, None, 4_353),
         ("conv4_omniglot", OMNIGLOT, 5, "none", 111_749),
+        ("conv4_reptile", OMNIGLOT, 5, "none", 112_709),
         ("conv4_mini", MINI, 5, "full", 32_901),
         ("conv4_mini", MINI, 5, "none", 32_645),
         ("conv4_cifarfs", CIFAR, 5, "none", 28_805),

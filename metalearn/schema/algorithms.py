@@ -85,6 +85,9 @@ class Reptile(InnerLoop):
     inner_batch: int | None = key(10, "examples of a minibatch in training; null for the whole pool", ge=1)
     test_inner_batch: int | None = key(5, "examples of a minibatch in evaluation; null for the support set", ge=1)
     serial: bool = key(False, "update theta after each task of a meta-batch instead of once for all")
+    bn_modes: list[str] = key(
+        ["support_plus_one", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none"
+    )
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
