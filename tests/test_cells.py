@@ -128,6 +128,11 @@ def test_reptiles_headline_looks_at_one_query_at_a_time(no_omniglot):
     assert one("algorithm=reptile", "backbone=conv4_omniglot").config["backbone"]["readout"] == "mean"
 
 
+def test_fomaml_has_an_inner_rate_of_its_own(no_omniglot):
+    found = expand(["algorithm=maml,fomaml,anil", "dataset=omniglot", "dataset.root=x"])
+    assert values(found, "algorithm.alpha") == [(0.4,), (0.1,), (0.4,)]
+
+
 GRID = """# @package _global_
 defaults:
   - override /dataset: sinusoid
