@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 import typing
 from importlib import import_module
 from pathlib import Path
@@ -60,6 +61,16 @@ def test_every_yaml_composes_and_instantiates(group, name, root):
         learner = build_learner(cell.config, dataset)
         assert dataset.kind in learner.kinds and learner.configure_optimizers().param_groups
         assert build_data(cell.config, dataset).sampler.tasks(4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("name", members("dataset_algorithm"))
+def test_keys_that_a_departures_comment_offers_can_be_set(name, root):
+    """The authors' values and those for 20-way, all at once."""
+    comment = [x for x in Path(conf_dir(), "dataset_algorithm", f"{name}.yaml").read_text().splitlines() if x[0] == "#"]
+    keys = re.findall(r"\w+\.\w+=[\w.]*\w", " ".join(comment))
+    place = [f"dataset.root={root}", "dataset.checksum=off"] if name.startswith("omniglot") else []
+    (plain,), (changed,) = (expand([*legal("dataset_algorithm", name), *place, *more]) for more in ([], keys))
+    assert (plain.train_id == changed.train_id) == (not keys)
 
 
 def test_every_group_has_members_and_every_folder_is_a_group():
