@@ -105,6 +105,7 @@ def test_later_arguments_win():
 def test_departures_of_a_pair_are_taken_unless_declined_or_overridden():
     taken = one(SINE, "algorithm=reptile")
     assert taken.config["backbone"]["name"] == "mlp_reptile" and taken.config["trainer"]["meta_batch_size"] == 5
+    assert taken.config["algorithm"]["inner_batch"] == 10
     mine = one(SINE, "algorithm=reptile", "backbone=mlp", "trainer.meta_batch_size=3")
     assert mine.config["backbone"]["name"] == "mlp" and mine.config["trainer"]["meta_batch_size"] == 3
     plain = one(SINE, "algorithm=reptile", "backbone=mlp", "dataset_algorithm=null")
