@@ -45,7 +45,7 @@ def result_of(
         "git_commit": source[0],
         "git_dirty": source[1],
         "seed": config["seed"],
-        "versions": versions(),
+        "versions": versions(config["dataset"]),
         "data_hash": cell.data_hash,
         "protocol": protocol(cell, learner, recorder, headline, step, last),
         "status": "done" if error is None else "diverged",
@@ -90,15 +90,15 @@ def episodes_id(cell: Cell) -> str:
     return config_hash(what)[:12]
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of what the numbers depend on."""
+def versions(dataset: Config) -> dict[str, str]:
+    """Versions of Python, of what the numbers depend on, and of what the data set is made from."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    return found | member_of("dataset", dataset).versions(dataset)
 
 
 def git_state() -> tuple[str | None, bool | None]:

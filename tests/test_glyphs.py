@@ -14,9 +14,11 @@ import torch
 from fontTools.ttLib import TTFont
 
 import metalearn
+from metalearn.cells import expand
 from metalearn.datasets import glyph_inventory, glyphs
 from metalearn.datasets.glyphs import Glyphs
 from metalearn.random import Key
+from metalearn.record import versions
 
 SPLITS = ("train", "val", "test")
 CLASSES_PER_SCRIPT = {  # as published with the recipe; a font or FreeType version may move a count by one
@@ -253,6 +255,13 @@ def test_hash_names_drawings_seed_classes_and_fonts(monkeypatch):
         patch.setattr(glyph_inventory, "base_drawings", lambda c: base(c)._replace(bitmaps=base(c).bitmaps[:, ::-1]))
         hashes.add(make().data_hash())
     assert len(hashes) == 5 and make().data_hash() == reference
+
+
+def test_a_result_names_the_class_list(dataset):
+    """Two results on other fonts can so be told to have the same classes, or not."""
+    glyphs, sinusoid = (expand([f"dataset={name}"])[0].config["dataset"] for name in ("glyphs", "sinusoid"))
+    found = versions(glyphs)
+    assert found.pop("class_list_hash") == dataset.class_list_hash and found == versions(sinusoid)
 
 
 def test_hash_needs_no_torch_and_writes_no_file(tmp_path):

@@ -36,6 +36,11 @@ class Dataset:
         """Names the contents, wherever they lie."""
         raise TypeError(f"{cls.__name__} declares no data_hash")
 
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        """What a result says of its contents besides `data_hash`."""
+        return {}
+
 
 @dataclass
 class ImageDataset(Dataset):
@@ -101,6 +106,12 @@ class Glyphs(ImageDataset):
         from metalearn.datasets.glyph_inventory import data_hash
 
         return data_hash(dataset["drawings"], dataset["seed"])
+
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        from metalearn.datasets.glyph_inventory import class_list_hash
+
+        return {"class_list_hash": class_list_hash()}
 
 
 OMNIGLOT_CHARACTERS = {
