@@ -274,7 +274,9 @@ def test_training_and_test_may_differ_in_size():
         ({"way": 8}, "train", r"dataset.way = 8 exceeds the 7 classes of split 'train'"),
         ({"way": 5}, "val", r"dataset.way = 5 exceeds the 4 classes of split 'val'"),
         ({"queries": 6}, "train", "= 8 exceeds the 7 images of class 'class 0' in split 'train'"),
-        ({"shot": 6, "queries": 1, "test_queries": 4}, "test", "10 exceeds the 8 images of class 'class 0'"),
+        ({"test_way": 5}, "val", r"dataset.test_way = 5 exceeds the 4 classes of split 'val'"),
+        ({"shot": 6, "queries": 1, "test_queries": 4}, "test", "10 exceeds the 8 .*; lower dataset.test_queries"),
+        ({"test_shot": 9}, "test", r"dataset.test_shot \+ dataset.queries = 13 exceeds the 8 images"),
     ],
 )  # fmt: skip
 def test_what_the_pictures_do_not_allow_is_refused(changes, split, message):

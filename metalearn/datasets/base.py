@@ -95,6 +95,9 @@ class ImageDataset(Dataset):
         train = (way, shot, queries)
         test = (test_way or way, test_shot or shot, test_queries or queries)
         self._sizes: dict[str, tuple[int, int, int]] = {"train": train, "val": test, "test": test}
+        given = {"way": test_way, "shot": test_shot, "queries": test_queries}
+        keys = [f"dataset.test_{k}" if v else f"dataset.{k}" for k, v in given.items()]
+        self._keys = {"train": [f"dataset.{k}" for k in given], "val": keys, "test": keys}  # what sets those sizes
         self.label_assignment = label_assignment
         self.label_space = "shared" if label_assignment == "fixed_label" else "permuted"
         self.seed = seed
@@ -116,13 +119,14 @@ class ImageDataset(Dataset):
             pictures = self.load(split)
             way, shot, queries = self._sizes[split]
             smallest = int(pictures.sizes.min())
+            way_key, shot_key, queries_key = self._keys[split]
             if len(pictures.names) < way:
-                raise ValueError(f"dataset.way = {way} exceeds the {len(pictures.names)} classes of split '{split}'")
+                raise ValueError(f"{way_key} = {way} exceeds the {len(pictures.names)} classes of split '{split}'")
             if smallest < shot + queries:
                 name = pictures.names[int(pictures.sizes.argmin())]
                 raise ValueError(
-                    f"dataset.shot + dataset.queries = {shot + queries} exceeds the {smallest} images of class "
-                    f"'{name}' in split '{split}'; lower dataset.queries"
+                    f"{shot_key} + {queries_key} = {shot + queries} exceeds the {smallest} images of class "
+                    f"'{name}' in split '{split}'; lower {queries_key}"
                 )
             self._splits[split] = ClassImages(pictures.images.to(self.device), *pictures[1:])
         return self._splits[split]
