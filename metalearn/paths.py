@@ -1,10 +1,11 @@
-"""Where the configuration lies: beside the package in a wheel, at the top of the repository in a checkout."""
+"""Where the configuration and the cache lie."""
 
+import os
 from pathlib import Path
 
 
 def conf_dir() -> str:
-    """The folder of config.yaml.
+    """The folder of config.yaml: beside the package in a wheel, at the top of the repository in a checkout.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -15,3 +16,8 @@ def conf_dir() -> str:
         if (folder / "config.yaml").is_file():
             return str(folder)
     raise FileNotFoundError("no conf/ in the package or at the repository root")
+
+
+def cache_dir() -> Path:
+    """Folder for files that can be made again: the environment's METALEARN_CACHE, else `~/.cache/metalearn`."""
+    return Path(os.environ.get("METALEARN_CACHE") or "~/.cache/metalearn").expanduser()

@@ -5,12 +5,11 @@ from functools import partial
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metalearn.backbones.base import Backbone, Linear, Stage
 from metalearn.episode import Params
-from metalearn.ops import Normalization, batch_norm, conv2d
+from metalearn.ops import Normalization, conv2d, max_pool, norm_relu_pool, stem
 
 
 class _Affine(nn.Module):
@@ -67,23 +66,18 @@ class Block(Stage):
         def get(name: str) -> Tensor | None:
             return params.get(f"{self.name}.{name}")
 
-        h = conv2d(h, params[f"{self.name}.conv.weight"], stride=self.stride, padding=1)
-        bias = get("conv.bias")
+        filters, bias, pool = params[f"{self.name}.conv.weight"], get("conv.bias"), 1 if self.stride == 2 else 2
+        gamma, beta, layer = get("norm.weight"), get("norm.bias"), f"{self.name}.norm"
+        if stem.fits(h, filters, self.stride, pool):
+            own = norm if self.normalizes else None
+            return stem.stem(h, filters, bias, gamma, beta, layer=layer, eps=self.eps, norm=own)
+        h = conv2d(h, filters, stride=self.stride, padding=1)
         if self.normalizes:
-            gamma, beta = get("norm.weight"), get("norm.bias")
-            h = batch_norm(h, gamma, beta, bias, layer=f"{self.name}.norm", eps=self.eps, norm=norm)
-        elif bias is not None:
+            return norm_relu_pool(h, gamma, beta, bias, pool=pool, layer=layer, eps=self.eps, norm=norm)
+        if bias is not None:
             h = h + (bias[:, None, :, None, None] if bias.dim() == 2 else bias[:, None, None])
         h = torch.relu(h)
-        return h if self.stride == 2 else _max_pool(h)
-
-
-def _max_pool(h: Tensor) -> Tensor:
-    """2x2 maximum of `[B, n, C, H, W]`, keeping the memory order of the tasks."""
-    tasks, n, channels = h.shape[:3]
-    if h.stride(0) > h.stride(1):
-        return F.max_pool2d(h.flatten(0, 1), 2).unflatten(0, (tasks, n))
-    return F.max_pool2d(h.transpose(0, 1).flatten(1, 2), 2).unflatten(1, (tasks, channels)).transpose(0, 1)
+        return h if pool == 1 else max_pool(h)
 
 
 class _Readout(Stage):

@@ -21,12 +21,9 @@ from typing import BinaryIO, NamedTuple
 
 from filelock import FileLock
 
+from metalearn.paths import cache_dir
+
 _BLOCK = 1 << 18
-
-
-def cache_dir() -> Path:
-    """Folder for files that can be made again: the environment's METALEARN_CACHE, else `~/.cache/metalearn`."""
-    return Path(os.environ.get("METALEARN_CACHE") or "~/.cache/metalearn").expanduser()
 
 
 def checksum(path: Path, algorithm: str) -> str:

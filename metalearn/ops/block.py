@@ -1,0 +1,220 @@
+"""Batch norm by the batch's own statistics, ReLU and 2x2 max-pooling as one operation.
+
+Batch norm is monotone in each channel, so pooling comes first (by minimum where gamma < 0) and everything after it
+works on a quarter of the pixels: the library's separate operators, and automatic differentiation through them, pass
+over the full activations many times. The result is the same function, with the same derivatives of every order.
+"""
+
+import ctypes
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+
+from metalearn.ops import native
+from metalearn.ops.norm import Moments, Normalization, batch_norm
+
+
+def norm_relu_pool(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    before: Tensor | None,
+    *,
+    pool: int,
+    layer: str,
+    eps: float,
+    norm: Normalization,
+) -> Tensor:
+    """max-pool(relu(batch_norm(x))) for each task.
+
+    Args:
+        x: `[B, n, C, H, W]`.
+        weight: gamma, `[C]` or `[B, C]`; None for 1.
+        bias: beta, `[C]` or `[B, C]`; None for 0.
+        before: bias of the layer before, `[C]` or `[B, C]`; cancels under batch statistics.
+        layer: name under which statistics are looked up and recorded.
+        eps: added to the variance.
+        norm: where the statistics come from.
+        pool: 2 for 2x2 maxima (odd last rows and columns are dropped), 1 for none.
+
+    Returns:
+        `[B, n, C, H // pool, W // pool]`.
+    """
+    kernels = native.library(x.dtype, x.device)
+    if kernels is None or norm.given is not None:
+        h = torch.relu(batch_norm(x, weight, bias, before, layer=layer, eps=eps, norm=norm))
+        return h if pool == 1 else max_pool(h)
+    tasks, _, channels = x.shape[:3]
+    gamma = x.new_ones(channels) if weight is None else weight
+    beta = x.new_zeros(channels) if bias is None else bias
+    constants = _Constants(eps, pool, norm.sets)
+    gamma, beta = (p.expand(tasks, channels).contiguous() for p in (gamma, beta))
+    y, mean, r = _Block.apply(_dense(x), gamma, beta, constants)
+    if norm.record:
+        mean, var = mean[:, 0], r[:, 0].reciprocal().square() - eps
+        norm.seen[layer] = Moments(mean if before is None else mean + before.detach(), var, x[0, :, 0].numel())
+    return y
+
+
+def max_pool(h: Tensor) -> Tensor:
+    """2x2 maximum of `[B, n, C, H, W]`, keeping the memory order of the tasks."""
+    tasks, n, channels = h.shape[:3]
+    if h.stride(0) > h.stride(1):
+        return F.max_pool2d(h.flatten(0, 1), 2).unflatten(0, (tasks, n))
+    return F.max_pool2d(h.transpose(0, 1).flatten(1, 2), 2).unflatten(1, (tasks, channels)).transpose(0, 1)
+
+
+class _Constants(NamedTuple):
+    eps: float
+    pool: int
+    sets: int
+
+
+class _Strides(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("task", "example", "pixel")]
+
+
+class _Shape(ctypes.Structure):
+    """The kernels' `Block`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "channels", "height", "width", "pool")),
+        ("full", _Strides),
+        ("pooled", _Strides),
+    ]
+
+
+def _orders(shape: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Strides of the two layouts of `kernels.cpp`: tasks beside the channels, and tasks outermost."""
+    tasks, n, channels, height, width = shape
+    picture = height * width * channels
+    beside = (channels, tasks * picture, 1, width * tasks * channels, tasks * channels)
+    return beside, (n * picture, picture, 1, width * channels, channels)
+
+
+def _order(x: Tensor) -> tuple[int, ...] | None:
+    """The strides of x in the layout that it lies in, with those of single entries put right; None if in neither."""
+    for order in _orders(x.shape):
+        if all(a == b or size == 1 for a, b, size in zip(x.stride(), order, x.shape, strict=True)):
+            return order
+    return None
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x in one of the two layouts, copied if need be."""
+    return x if _order(x) else torch.empty_strided(x.shape, _orders(x.shape)[0], dtype=x.dtype).copy_(x)
+
+
+def _same_layout(g: Tensor, like: Tensor) -> Tensor:
+    return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
+
+
+def _strides(shape: Any, beside: bool) -> _Strides:
+    order = _orders(shape)[0 if beside else 1]
+    return _Strides(order[0], order[1], order[4])
+
+
+def _pooled(x: Tensor, pool: int) -> tuple[int, ...]:
+    return (*x.shape[:3], x.shape[3] // pool, x.shape[4] // pool)
+
+
+def _call(name: str, x: Tensor, constants: _Constants, *arguments: Any) -> None:
+    tasks, n, channels, height, width = x.shape
+    sets, pool = constants.sets, constants.pool
+    beside = _order(x) == _orders(x.shape)[0]
+    strides = _strides(x.shape, beside), _strides(_pooled(x, pool), beside)
+    shape = _Shape(tasks, sets, n // sets, channels, height, width, pool, *strides)
+    library = native.library(x.dtype, x.device)
+    assert library is not None
+    tensors = [native.pointer(a) if isinstance(a, Tensor) else ctypes.c_double(a) for a in arguments]
+    native.call(getattr(library, name), shape, tasks * sets, *tensors)
+
+
+class _Block(Function):
+    """(x, gamma, beta) to (y, mean, r, picked, choice): the last four are not differentiable.
+
+    mean and r `[B, sets, C]`; `picked` is x at the pixel that pooling chose, `choice` its index 0..3 in the window (4
+    where ReLU gives 0), both of y's shape.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, constants: _Constants) -> tuple[Tensor, ...]:
+        pooled = _pooled(x, constants.pool)
+        order = _orders(pooled)[_orders(x.shape).index(_order(x) or ())]
+        y, picked = (torch.empty_strided(pooled, order, dtype=x.dtype) for _ in range(2))
+        choice = torch.empty_strided(pooled, order, dtype=torch.uint8)
+        mean = x.new_empty(len(x), constants.sets, x.shape[2])
+        r = torch.empty_like(mean)
+        _call("block_forward", x, constants, x, gamma, beta, constants.eps, y, picked, choice, mean, r)
+        ctx.save_for_backward(x, gamma, beta, picked, choice, mean, r)
+        ctx.constants = constants
+        ctx.mark_non_differentiable(mean, r)
+        ctx.set_materialize_grads(False)
+        return y, mean, r
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if grads[0] is None:
+            return None, None, None, None
+        g = _same_layout(grads[0], ctx.saved_tensors[3])
+        return *_BlockBackward.apply(g, *ctx.saved_tensors, ctx.constants), None
+
+
+class _BlockBackward(Function):
+    """(g, x, gamma) to (dx, dgamma, dbeta); what else is passed is a function of x, whose part is in that of x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        g: Tensor,
+        x: Tensor,
+        gamma: Tensor,
+        beta: Tensor,
+        picked: Tensor,
+        choice: Tensor,
+        mean: Tensor,
+        r: Tensor,
+        constants: _Constants,
+    ) -> Any:
+        dx, dgamma, dbeta = torch.empty_like(x), torch.empty_like(mean), torch.empty_like(mean)
+        _call("block_backward", x, constants, g, x, picked, choice, gamma, mean, r, dx, dgamma, dbeta)
+        ctx.save_for_backward(g, x, gamma, beta, picked, choice, mean, r, dgamma, dbeta)
+        ctx.constants = constants
+        return dx, dgamma.sum(1), dbeta.sum(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        c, c_gamma, c_beta = grads
+        g, x, gamma, beta, picked, choice, mean, r, dgamma, dbeta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return _by_differentiation(ctx.constants, g, x, gamma, beta, grads)
+        c = _same_layout(c, x)
+        c_gamma, c_beta = (v.unsqueeze(1).expand_as(mean).contiguous() for v in (c_gamma, c_beta))
+        to_g, to_x, to_gamma = torch.empty_like(g), torch.empty_like(x), torch.empty_like(mean)
+        _call(
+            "block_twice", x, ctx.constants,
+            c, c_gamma, c_beta, g, x, picked, choice, gamma, mean, r, dgamma, dbeta, to_g, to_x, to_gamma,
+        )  # fmt: skip
+        return to_g, to_x, to_gamma.sum(1), None, None, None, None, None, None
+
+
+def _by_differentiation(
+    constants: _Constants, g: Tensor, x: Tensor, gamma: Tensor, beta: Tensor, grads: tuple[Tensor, ...]
+) -> Any:
+    """The double backward by automatic differentiation of the plain form, for derivatives beyond the second."""
+    # aliases, so that the gradients below stop here even where g itself depends on x
+    g, x, gamma = (t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in (g, x, gamma))
+    sets = x.unflatten(1, (constants.sets, -1))
+    var, mean = torch.var_mean(sets, dim=(2, 4, 5), keepdim=True, correction=0)
+    z = ((sets - mean) * torch.rsqrt(var + constants.eps)).flatten(1, 2)
+    offset = beta.detach().requires_grad_()
+    y = torch.relu(z * gamma[:, None, :, None, None] + offset[:, None, :, None, None])
+    y = y if constants.pool == 1 else max_pool(y)
+    first = torch.autograd.grad(y, (x, gamma, offset), g, create_graph=True, materialize_grads=True)
+    live = [(o, c) for o, c in zip(first, grads, strict=True) if o.requires_grad]
+    outputs, cotangents = zip(*live, strict=True)
+    to = torch.autograd.grad(outputs, (g, x, gamma), cotangents, create_graph=True, materialize_grads=True)
+    return *to, None, None, None, None, None, None

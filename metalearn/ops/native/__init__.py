@@ -1,0 +1,127 @@
+"""C++ kernels for CPUs, compiled on first use with the machine's own compiler and kept in the cache folder.
+
+They do nothing that PyTorch's operators cannot: where there is no compiler, or the self-check fails, the operators are
+used and `reason()` says why.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metalearn.paths import cache_dir
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("kernels.cpp")
+FLAGS = ["-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-std=c++14", "-fPIC", "-shared"]
+REAL = {torch.float32: "float", torch.float64: "double"}
+Library = ctypes.CDLL
+
+
+class Unavailable(RuntimeError):
+    """Why there are no kernels."""
+
+
+@functools.cache
+def _library(dtype: torch.dtype) -> Library | Unavailable:
+    try:
+        return ctypes.CDLL(str(_build(REAL[dtype])))
+    except (Unavailable, OSError) as error:
+        log.warning("kernels: PyTorch's operators instead of compiled ones, because %s", error)
+        return error if isinstance(error, Unavailable) else Unavailable(str(error))
+
+
+def library(dtype: torch.dtype, device: torch.device) -> Library | None:
+    """The kernels for tensors of this kind; None if PyTorch's operators are to be used."""
+    if device.type != "cpu" or dtype not in REAL or not enabled():
+        return None
+    found = _library(dtype)
+    return found if isinstance(found, Library) else None
+
+
+def reason() -> str | None:
+    """Why float32 tensors on a CPU do without the kernels; None if they do not."""
+    if not enabled():
+        return "METALEARN_KERNELS=torch"
+    found = _library(torch.float32)
+    return str(found) if isinstance(found, Unavailable) else None
+
+
+def enabled() -> bool:
+    """Whether the environment allows the kernels (`METALEARN_KERNELS`: `native`, the default, or `torch`)."""
+    return os.environ.get("METALEARN_KERNELS", "native") != "torch"
+
+
+def _build(real: str) -> Path:
+    """Compile for this processor, once: the name holds everything that the result depends on."""
+    compiler = next((c for c in (os.environ.get("CXX"), "c++", "g++", "clang++") if c and shutil.which(c)), None)
+    if compiler is None:
+        raise Unavailable("no C++ compiler was found (CXX, c++, g++, clang++)")
+    flags = [*FLAGS, *(["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "AMD64") else [])]
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+    what = "\0".join([SOURCE.read_text(), *flags, version, _processor(), real])
+    target = cache_dir() / "kernels" / f"{hashlib.sha256(what.encode()).hexdigest()[:16]}-{real}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=target.parent, suffix=".so")
+        os.close(handle)
+        try:
+            done = subprocess.run(
+                [compiler, *flags, f"-DREAL={real}", str(SOURCE), "-o", draft], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+            os.replace(draft, target)  # processes that build at the same time all end with a whole file
+        finally:
+            Path(draft).unlink(missing_ok=True)
+    return target
+
+
+def _processor() -> str:
+    """What `-march=native` depends on."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line for line in lines if line.startswith(("flags", "Features")))
+    except (OSError, StopIteration):
+        return platform.processor() + platform.machine()
+
+
+def pointer(tensor: Tensor) -> ctypes.c_void_p:
+    """Where a tensor's first element lies."""
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernel")
+
+
+def call(kernel: Any, shape: ctypes.Structure, units: int, *arguments: Any) -> None:
+    """Run a kernel on units 0..units-1, split among torch's threads.
+
+    Raises:
+        MemoryError: a kernel found no memory for its scratch space.
+    """
+    threads = min(torch.get_num_threads(), units)
+    where = ctypes.byref(shape)
+
+    def part(i: int) -> int:
+        low, high = units * i // threads, units * (i + 1) // threads
+        return int(kernel(where, ctypes.c_int64(low), ctypes.c_int64(high), *arguments) or 0)
+
+    if (part(0) if threads == 1 else max(_pool().map(part, range(threads)))) != 0:
+        raise MemoryError("no memory for a kernel's scratch space")
