@@ -10,6 +10,8 @@ ARGS ?=
 WORKERS ?= 2
 # What follows the command in `make test*`; a `-m` here replaces the target's own.
 PYTEST_ARGS ?=
+# What bench-peers builds under .bench/; all of them by default.
+PEERS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
@@ -20,7 +22,7 @@ SLOW := (slow or data)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train smoke test test-slow test-slurm lint typecheck
+.PHONY: help setup train smoke test test-slow test-slurm lint typecheck bench bench-quick bench-peers
 
 help: ## List the targets and the variables
 	@echo "make TARGET [VARIABLE=value ...]"
@@ -53,6 +55,16 @@ test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIG
 
 test-slurm: $(STAMP) ## The tests that need a SLURM cluster
 	@$(BIN)/python -m pytest -q -m slurm $(PYTEST_ARGS)
+
+bench: bench-peers ## Time meta-steps, ours and every peer's: about 25 minutes; ARGS= as for metalearn bench
+	@$(BIN)/metalearn bench $(ARGS)
+
+bench-quick: PEERS = learn2learn
+bench-quick: bench-peers ## Time W1 and W4 beside learn2learn and torch.func's vmap: under three minutes
+	@$(BIN)/metalearn bench --quick $(ARGS)
+
+bench-peers: $(STAMP)
+	@TORCH="$(TORCH)" $(BIN)/python scripts/bench/build.py $(PEERS)
 
 lint: $(STAMP) ## Formatting and lint: ruff format --check, ruff check
 	@$(BIN)/ruff format --check --quiet . || { echo "run $(BIN)/ruff format"; exit 1; }

@@ -1,0 +1,1 @@
+"""How fast a meta-step is, beside other libraries: `metalearn bench`."""

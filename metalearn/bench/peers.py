@@ -1,0 +1,92 @@
+"""What we are compared with: names, forms, and where each peer's environment lies."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from metalearn.bench.workloads import Workload
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts" / "bench"
+CACHE = ROOT / ".bench"
+"""Environments, built by `scripts/bench/build.py`."""
+OURS = "metalearn"
+
+GRADIENT = ("maml", "fomaml")
+MAPPED = (*GRADIENT, "anil", "protonet")
+ALL = (*MAPPED, "reptile")
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One column of the benchmark.
+
+    Attributes:
+        name: on the command line and in tables.
+        title: what it is.
+        module, variant: what the worker loads.
+        environment: name of its environment under `.bench/`; empty for the project's own, which has PyTorch.
+        forms: algorithms that it has an idiom for.
+        preload: modules that the worker imports before it forks.
+    """
+
+    name: str
+    title: str
+    module: str
+    variant: str = ""
+    environment: str = ""
+    forms: tuple[str, ...] = GRADIENT
+    preload: tuple[str, ...] = ("torch",)
+
+    def runs(self, workload: Workload) -> bool:
+        """Whether it has an idiom for the workload's algorithm."""
+        return workload.form in self.forms
+
+    @property
+    def python(self) -> Path:
+        """Its interpreter."""
+        return CACHE / self.environment / "bin" / "python" if self.environment else Path(sys.executable)
+
+    def missing(self) -> str | None:
+        """Why it cannot run, or None."""
+        if not self.environment:
+            return None
+        state = CACHE / f"{self.environment}.json"
+        if not state.is_file():
+            return f"not built: make bench-peers PEERS={self.environment}"
+        error = json.loads(state.read_text()).get("error")
+        return f"not built: {error}" if error else None
+
+    def command(self) -> list[str]:
+        """How its worker is started."""
+        return [str(self.python), str(SCRIPTS / "worker.py"), self.module, self.variant, *self.preload]
+
+
+IMPLEMENTATIONS = {
+    i.name: i
+    for i in (
+        Implementation(
+            OURS,
+            "this package",
+            "metalearn.bench.ours",
+            forms=ALL,
+            preload=("metalearn.algorithms", "metalearn.optim"),
+        ),
+        Implementation("learn2learn", "learn2learn", "peers.learn2learn", environment="learn2learn", forms=ALL),
+        Implementation("higher", "higher", "peers.higher", environment="higher"),
+        Implementation("torchopt", "TorchOpt MetaSGD", "peers.torchopt", environment="torchopt"),
+        Implementation("torchmeta", "torchmeta modules", "peers.torchmeta", environment="torchmeta"),
+        Implementation("loop", "functional_call loop", "peers.plain", forms=(*GRADIENT, "reptile", "protonet")),
+        Implementation("vmap", "torch.func vmap, all tasks at once", "peers.vmap", "0", forms=MAPPED),
+        Implementation("vmap8", "torch.func vmap, chunks of 8", "peers.vmap", "8", forms=MAPPED),
+        Implementation("jax", "JAX jit + vmap", "peers.jax", "vmap", "jax", MAPPED, ("numpy",)),
+        Implementation("jax-tuned", "JAX jit + lax.map + im2col", "peers.jax", "map", "jax", MAPPED, ("numpy",)),
+    )
+}
+"""By name, in the order of tables; ours first."""
+
+PEAK = Implementation("peak", "convolution peak", "metalearn.bench.peak")
+"""Not compared: what shares of the peak refer to."""
