@@ -48,7 +48,7 @@ class Axis(NamedTuple):
     values: tuple[str, ...]
 
 
-def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Cell]:
+def expand(arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run: bool = True) -> list[Cell]:
     """All cells that a command line means, in order, without repetition.
 
     Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too, except for keys that
@@ -58,6 +58,8 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Ce
     Args:
         arguments: overrides in Hydra's syntax; those of `hydra` itself are passed over.
         config_dirs: further folders with groups, besides those of `hydra.searchpath`.
+        to_run: False if the cells are only to be shown: required keys may lack a value, the data need not be there,
+            and the ids mean nothing.
 
     Raises:
         BadInput: for a key, name, value or combination that cannot be.
@@ -71,7 +73,7 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> list[Ce
         unused = {name for p in products for name in p}
         for product in products:
             for chosen in itertools.product(*product.values()):
-                cell, dropped = _cell(dict(zip(product, chosen, strict=True)), sweep=_is_sweep(products))
+                cell, dropped = _cell(dict(zip(product, chosen, strict=True)), sweep=_is_sweep(products), to_run=to_run)
                 unused -= set(product) - dropped
                 cells.setdefault(cell.cell_id, cell)
         for name in sorted(unused):
@@ -236,7 +238,7 @@ def members(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
     return sorted(name.replace("\\", "/") for name in found)
 
 
-def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
+def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, set[str]]:
     """The cell of one point of a product, and the axes that it does not have."""
     groups = tuple(f"{k}={v}" for k, v in chosen.items() if k in CHOICES)
     for name in chosen:
@@ -249,9 +251,8 @@ def _cell(chosen: dict[str, str], *, sweep: bool) -> tuple[Cell, set[str]]:
         if not sweep or name.split(".")[0] not in GROUPS:
             raise BadInput(_no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
-    config = validate(_resolve(base, assignments))
-    overrides = (*groups, *assignments)
-    return _named(overrides, config), dropped
+    config = validate(_resolve(base, assignments), complete=to_run)
+    return _named((*groups, *assignments), config, _data_hash(config) if to_run else ""), dropped
 
 
 def _has(base: DictConfig, name: str) -> bool:
@@ -298,14 +299,18 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
 
 def from_composed(config: DictConfig) -> Cell:
     """The cell of a configuration that Hydra composed (as in a launcher's job)."""
-    return _named((), validate(_resolve(config, ())))
+    plain = validate(_resolve(config, ()))
+    return _named((), plain, _data_hash(plain))
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
 
 
-def _named(overrides: Sequence[str], config: Config) -> Cell:
-    data_hash = member_of("dataset", config["dataset"]).data_hash(config["dataset"])
+def _data_hash(config: Config) -> str:
+    return member_of("dataset", config["dataset"]).data_hash(config["dataset"])
+
+
+def _named(overrides: Sequence[str], config: Config, data_hash: str) -> Cell:
     train, test = identity(config, data_hash)
     return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash)
 

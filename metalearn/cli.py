@@ -47,10 +47,6 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments[:1] == ["bench"]:
-        from metalearn.bench.command import main as bench
-
-        return bench(arguments[1:])
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     if parsed.help:
         print(usage([a for a in parsed.overrides if "=" not in a]))
@@ -62,7 +58,8 @@ def _main(arguments: list[str]) -> int:
     overrides = [*parsed.overrides, *unknown]  # argparse leaves what follows an option in the middle
     if not parsed.multirun:
         _only_experiments_sweep(overrides)
-    found = cells.expand(overrides, [parsed.config_dir] if parsed.config_dir else [])
+    folders = [parsed.config_dir] if parsed.config_dir else []
+    found = cells.expand(overrides, folders, to_run=not parsed.cfg)
     many = parsed.multirun or len(found) > 1
     flags = FLAGS[:] = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
     if parsed.cfg:

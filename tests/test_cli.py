@@ -84,6 +84,8 @@ QUIET = {
     "help trainer": ["--help", "trainer"],
     "help algorithm": ["--help", "algorithm"],
     "cfg": ["--cfg", "job", "+algorithm=reptile", "dataset=sinusoid", "seed=1", "++seed=3"],
+    "cfg without data": ["--cfg", "job", "dataset=omniglot", "algorithm=protonet"],
+    "cfg with bad input": ["--cfg", "job", "dataset=omniglot", "dataset.size=7"],
     "cfg of a sweep": ["-m", "dataset=sinusoid", "algorithm=maml,reptile", "algorithm.inner_batch=5,6", "--cfg", "job"],
 }
 
@@ -129,6 +131,7 @@ def quiet(no_torch, tmp_path_factory):
         ("several values", "seed=1,2: several values need -m"),
         ("a range", "trainer.threads=range(3): several values need -m"),
         ("no group", "nope: no such group"),
+        ("cfg with bad input", "dataset.size=7: must be >= 8"),
     ],
 )
 def test_bad_input_is_two_and_a_short_message(quiet, name, said):
@@ -159,6 +162,8 @@ def test_cfg_shows_the_whole_run(quiet):
     assert code == 0 and set(shown) == set(cell.config)
     assert {group: set(shown[group]) for group in GROUPS} == {group: set(cell.config[group]) for group in GROUPS}
     assert cells.from_composed(OmegaConf.create(shown)).cell_id == cell.cell_id
+    code, out, _ = quiet["cfg without data"]
+    assert (code, yaml.safe_load(out)["dataset"]["root"], yaml.safe_load(out)["dataset"]["way"]) == (0, "???", 60)
     code, out, _ = quiet["cfg of a sweep"]
     assert code == 0 and yaml.safe_load(out)["algorithm"]["name"] == "maml"
 

@@ -71,7 +71,7 @@ class Field:
         Raises:
             BadInput: naming path, value and bound.
         """
-        if self.key.required and value in ("???", None):
+        if self.lacks(value):
             raise BadInput(f"{path} is required: {self.key.doc}")
         given = f"{path}={show(value)}"
         try:
@@ -87,6 +87,10 @@ class Field:
                 hint = nearest(str(item), [str(c) for c in self.key.choices]) if self.key.choices else ""
                 raise BadInput(f"{given}: must be {self.key.bound()}{hint}")
         return value
+
+    def lacks(self, value: Any) -> bool:
+        """Whether the key has to be given and is not."""
+        return self.key.required and value in ("???", None)
 
     def _inside(self, value: Any) -> bool:
         if self.key.choices:

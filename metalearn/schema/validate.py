@@ -10,28 +10,36 @@ from metalearn.schema.registry import GROUPS, member_of
 Config = dict[str, Any]
 
 
-def validate(config: Config) -> Config:
+def validate(config: Config, *, complete: bool = True) -> Config:
     """The configuration with every value in its declared type.
+
+    Args:
+        config: the composed configuration.
+        complete: whether required keys must have a value.
 
     Raises:
         BadInput: for the first key, value or combination that cannot be.
     """
-    out: Config = _section("", fields_of(Run), {k: v for k, v in config.items() if k not in GROUPS})
+    out: Config = _section("", fields_of(Run), {k: v for k, v in config.items() if k not in GROUPS}, complete)
     for group in GROUPS:
         schema = member_of(group, config[group])
         section = {k: v for k, v in config[group].items() if k != "_target_"}
         target = {"_target_": schema.target} if hasattr(schema, "target") else {}
-        out[group] = target | _section(f"{group}.", fields_of(schema), section)
+        out[group] = target | _section(f"{group}.", fields_of(schema), section, complete)
     for problem in _combinations(out):
         raise BadInput(problem)
     return out
 
 
-def _section(prefix: str, fields: dict[str, Field], values: Config) -> Config:
+def _section(prefix: str, fields: dict[str, Field], values: Config, complete: bool) -> Config:
     for name in values:
         if name not in fields:
             raise BadInput(f"{prefix}{name}: no such key{nearest(prefix + name, [prefix + f for f in fields])}")
-    return {name: field.check(prefix + name, values.get(name, field.default)) for name, field in fields.items()}
+    out = {}
+    for name, field in fields.items():
+        value = values.get(name, field.default)
+        out[name] = value if field.lacks(value) and not complete else field.check(prefix + name, value)
+    return out
 
 
 def _combinations(run: Config) -> Iterator[str]:
