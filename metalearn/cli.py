@@ -47,6 +47,10 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    if arguments[:1] == ["bench"]:
+        from metalearn.bench.command import main as bench
+
+        return bench(arguments[1:])
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     if parsed.help:
         print(usage([a for a in parsed.overrides if "=" not in a]))
