@@ -6,6 +6,7 @@ import os
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -74,6 +75,8 @@ def _main(arguments: list[str]) -> int:
             _show(cell, "already finished; rerun=true runs it again")
     if many:
         print(f"{len(found)} cells, {len(found) - len(pending)} of them finished", file=sys.stderr)
+    for cell in pending:
+        _refuse_files(cell.config["output_dir"])
     if pending:
         place = [o for o in found[0].overrides if o.startswith("output_dir=")]
         _hydra([*flags, "--multirun", *place] if many else [*flags, *found[0].overrides])
@@ -86,6 +89,13 @@ def _only_experiments_sweep(overrides: list[str]) -> None:
     if not any(o.startswith("experiment=") for o in overrides):
         for swept in cells.swept(overrides):
             raise BadInput(f"{swept}: several values need -m (a sweep); a text with commas needs quotes within quotes")
+
+
+def _refuse_files(output_dir: str) -> None:
+    place = Path(output_dir).absolute()
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(f"output_dir={output_dir}: {existing} is a file; name a folder")
 
 
 def _hydra(arguments: list[str]) -> int:

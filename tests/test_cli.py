@@ -202,6 +202,16 @@ def test_a_finished_cell_is_not_run_again(call, no_torch, tmp_path):
     assert again["metrics"] == first["metrics"] and again["config"]["rerun"]
 
 
+@pytest.mark.parametrize("more", [[], ["-m", "seed=0,1"]], ids=["run", "sweep"])
+@pytest.mark.parametrize("below", ["", "/a/b"])
+def test_output_under_a_file_is_refused(call, tmp_path, more, below):
+    (tmp_path / "file").touch()
+    code, out, err = call(*more, *ran(tmp_path / f"file{below}"))
+    said = [line for line in err.splitlines() if line.startswith("metalearn: ")]
+    assert (code, out) == (2, "") and "Traceback" not in err
+    assert said == [f"metalearn: output_dir={tmp_path}/file{below}: {tmp_path}/file is a file; name a folder"]
+
+
 def test_a_diverged_run_is_three_and_a_result(call, tmp_path):
     for _ in range(2):  # the second time it is finished
         code, out, _ = call(*ran(tmp_path, "algorithm.alpha=1e30"))
