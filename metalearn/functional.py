@@ -113,7 +113,8 @@ class _GradientDescent(Function):
         for _ in range(call.steps):
             at = [p.detach().requires_grad_() for p in phi]
             grads = call.gradient(at, context, graph=adjoint and call.remember)
-            phi = [p - r * g.detach() for p, r, g in zip(phi, rates, grads, strict=True)]
+            # in the gradient's memory order, which is that of the operators that use phi next
+            phi = [(g.detach() * -r).add_(p) for p, r, g in zip(phi, rates, grads, strict=True)]
             keep = any(wanted) and (call.remember or call.first_order)
             steps.append((at, grads if keep else None))
             out += phi

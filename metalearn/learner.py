@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metalearn import parallel
 from metalearn.backbones import Backbone
 from metalearn.bn import RunningStatistics
 from metalearn.bn import predict as bn_predict
@@ -274,10 +275,12 @@ class MetaLearner(pl.LightningModule, ABC):
             (mode, step) -> (metric `[B]`, loss `[B]`).
         """
         theta = {group: {k: p.detach() for k, p in params.items()} for group, params in self.theta().items()}
-        parts: list[Scores] = []
-        for chunk in self.chunks(batch.episodes):
+
+        def score(chunk: slice) -> Scores:
             with torch.no_grad():
-                parts.append(self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points))
+                return self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points)
+
+        parts = list(parallel.over(score, self.chunks(batch.episodes), batch.episodes.support.x.device))
         return {p: (torch.cat([s[p][0] for s in parts]), torch.cat([s[p][1] for s in parts])) for p in parts[0]}
 
     def _score(self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]) -> Scores:

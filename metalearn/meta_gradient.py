@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from metalearn import parallel
 from metalearn.bn import task_mean
 from metalearn.episode import Episode, MetaBatch, Params, TaskOutput, Theta
 from metalearn.ops import Statistics
@@ -61,25 +62,29 @@ def bad_tasks(loss: Tensor, batch: MetaBatch) -> list[int]:
 
 
 def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
-    """Each chunk's graph is built, differentiated and freed before the next: the objective is a mean over tasks."""
+    """Each chunk's graph is built, differentiated and freed by itself: the objective is a mean over tasks."""
     rewrite = learner.regularizer.overrides("task_gradients")
-    outputs, grads = [], []
-    for chunk in learner.chunks(episodes):
+
+    def differentiate(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
         part = episodes.select(chunk)
         theta = _leaves(learner, part.tasks if rewrite else None)
         out = learner.task_loss(theta, part, batch.key.select(chunk))
         share = part.tasks / batch.total
         objective = out.loss.sum() if rewrite else learner.outer(theta, part, out) * share
-        grads.append(_grad([objective], theta))
-        outputs.append(_detached(out))
+        return _grad([objective], theta), _detached(out._replace(prediction=None, phi={}, aux={}))
+
+    pieces = parallel.over(differentiate, learner.chunks(episodes), episodes.support.x.device)
     if not rewrite:
-        total = grads[0]
-        for more in grads[1:]:
+        total, out = next(pieces)
+        outputs = [out]
+        for more, out in pieces:
             torch._foreach_add_(total, more)
+            outputs.append(out)
         return total, _join(outputs)
+    grads, outs = zip(*pieces, strict=True)
     names = [(group, name) for group, params in learner.theta().items() for name in params]
     stacked = {f"{g}.{n}": torch.cat([part[i] for part in grads]) for i, (g, n) in enumerate(names)}
-    return [g.sum(0) / batch.total for g in learner.regularizer.task_gradients(stacked).values()], _join(outputs)
+    return [g.sum(0) / batch.total for g in learner.regularizer.task_gradients(stacked).values()], _join(list(outs))
 
 
 def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
@@ -91,10 +96,13 @@ def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple
         theta = _leaves(learner)
         out = learner.task_loss(theta, episodes, batch.key)
         return _grad([_objective(learner, theta, episodes, out)], theta), _detached(out)
-    with torch.no_grad():
-        frozen = _leaves(learner)
-        parts = [learner.task_loss(frozen, episodes.select(c), batch.key.select(c)) for c in chunks]
-    out = _join([_detached(part) for part in parts])
+
+    def forward(chunk: slice) -> TaskOutput:
+        with torch.no_grad():
+            return _detached(learner.task_loss(_leaves(learner), episodes.select(chunk), batch.key.select(chunk)))
+
+    device = episodes.support.x.device
+    out = _join(list(parallel.over(forward, chunks, device)))
     ports, structure = pytree.tree_flatten((out.loss, out.prediction, out.phi))
     ports = [p.detach().requires_grad_() if isinstance(p, Tensor) else p for p in ports]
     loss, prediction, phi = pytree.tree_unflatten(ports, structure)
@@ -104,11 +112,15 @@ def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple
     flat = [p for params in theta.values() for p in params.values()]
     both = torch.autograd.grad(objective, live + flat, materialize_grads=True)
     pulled, total = both[: len(live)], [g.clone() for g in both[len(live) :]]  # they may share memory, or be expanded
-    for chunk in chunks:
+
+    def pull(chunk: slice) -> list[Tensor]:
         theta = _leaves(learner)
         part = learner.task_loss(theta, episodes.select(chunk), batch.key.select(chunk))
         outputs = [p for p in pytree.tree_leaves((part.loss, part.prediction, part.phi)) if isinstance(p, Tensor)]
-        torch._foreach_add_(total, _grad(outputs, theta, [g[chunk] for g in pulled]))
+        return _grad(outputs, theta, [g[chunk] for g in pulled])
+
+    for more in parallel.over(pull, chunks, device):
+        torch._foreach_add_(total, more)
     return total, out
 
 

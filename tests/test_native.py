@@ -6,8 +6,8 @@ from oracles import ROUNDING, distance, normal
 from torch import Tensor
 
 from metalearn.ops import Normalization, native, norm_relu_pool, stem
-from metalearn.ops.block import _orders
 from metalearn.ops.conv import conv2d
+from metalearn.ops.layout import orders
 from metalearn.ops.norm import Moments
 
 KIND = torch.float64, torch.device("cpu")
@@ -55,7 +55,7 @@ def gammas(tasks: int, channels: int) -> Tensor:
 def test_block_is_norm_relu_pool(tasks, channels, side, pool, sets, outermost, monkeypatch):
     """Whole and part vectors of channels, odd sides, both memory layouts, scales of either sign and zero."""
     shape = (tasks, 4, channels, *side)
-    x = torch.empty_strided(shape, _orders(shape)[outermost], dtype=torch.float64).copy_(normal(*shape, seed=1))
+    x = torch.empty_strided(shape, orders(shape)[outermost], dtype=torch.float64).copy_(normal(*shape, seed=1))
 
     def block(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
         norm = Normalization(sets=sets)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metalearn.ops import native
+from metalearn.ops.layout import Strides, dense, order_of, orders, same_layout, strides
 from metalearn.ops.norm import Moments, Normalization, batch_norm
 
 
@@ -52,7 +53,7 @@ def norm_relu_pool(
     beta = x.new_zeros(channels) if bias is None else bias
     constants = _Constants(eps, pool, norm.sets)
     gamma, beta = (p.expand(tasks, channels).contiguous() for p in (gamma, beta))
-    y, mean, r = _Block.apply(_dense(x), gamma, beta, constants)
+    y, mean, r = _Block.apply(dense(x), gamma, beta, constants)
     if norm.record:
         mean, var = mean[:, 0], r[:, 0].reciprocal().square() - eps
         norm.seen[layer] = Moments(mean if before is None else mean + before.detach(), var, x[0, :, 0].numel())
@@ -73,48 +74,14 @@ class _Constants(NamedTuple):
     sets: int
 
 
-class _Strides(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int64) for name in ("task", "example", "pixel")]
-
-
 class _Shape(ctypes.Structure):
     """The kernels' `Block`."""
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "channels", "height", "width", "pool")),
-        ("full", _Strides),
-        ("pooled", _Strides),
+        ("full", Strides),
+        ("pooled", Strides),
     ]
-
-
-def _orders(shape: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides of the two layouts of `kernels.cpp`: tasks beside the channels, and tasks outermost."""
-    tasks, n, channels, height, width = shape
-    picture = height * width * channels
-    beside = (channels, tasks * picture, 1, width * tasks * channels, tasks * channels)
-    return beside, (n * picture, picture, 1, width * channels, channels)
-
-
-def _order(x: Tensor) -> tuple[int, ...] | None:
-    """The strides of x in the layout that it lies in, with those of single entries put right; None if in neither."""
-    for order in _orders(x.shape):
-        if all(a == b or size == 1 for a, b, size in zip(x.stride(), order, x.shape, strict=True)):
-            return order
-    return None
-
-
-def _dense(x: Tensor) -> Tensor:
-    """x in one of the two layouts, copied if need be."""
-    return x if _order(x) else torch.empty_strided(x.shape, _orders(x.shape)[0], dtype=x.dtype).copy_(x)
-
-
-def _same_layout(g: Tensor, like: Tensor) -> Tensor:
-    return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
-
-
-def _strides(shape: Any, beside: bool) -> _Strides:
-    order = _orders(shape)[0 if beside else 1]
-    return _Strides(order[0], order[1], order[4])
 
 
 def _pooled(x: Tensor, pool: int) -> tuple[int, ...]:
@@ -124,9 +91,9 @@ def _pooled(x: Tensor, pool: int) -> tuple[int, ...]:
 def _call(name: str, x: Tensor, constants: _Constants, *arguments: Any) -> None:
     tasks, n, channels, height, width = x.shape
     sets, pool = constants.sets, constants.pool
-    beside = _order(x) == _orders(x.shape)[0]
-    strides = _strides(x.shape, beside), _strides(_pooled(x, pool), beside)
-    shape = _Shape(tasks, sets, n // sets, channels, height, width, pool, *strides)
+    beside = order_of(x) == orders(x.shape)[0]
+    where = strides(x.shape, beside), strides(_pooled(x, pool), beside)
+    shape = _Shape(tasks, sets, n // sets, channels, height, width, pool, *where)
     library = native.library(x.dtype, x.device)
     assert library is not None
     tensors = [native.pointer(a) if isinstance(a, Tensor) else ctypes.c_double(a) for a in arguments]
@@ -143,7 +110,7 @@ class _Block(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, constants: _Constants) -> tuple[Tensor, ...]:
         pooled = _pooled(x, constants.pool)
-        order = _orders(pooled)[_orders(x.shape).index(_order(x) or ())]
+        order = orders(pooled)[orders(x.shape).index(order_of(x) or ())]
         y, picked = (torch.empty_strided(pooled, order, dtype=x.dtype) for _ in range(2))
         choice = torch.empty_strided(pooled, order, dtype=torch.uint8)
         mean = x.new_empty(len(x), constants.sets, x.shape[2])
@@ -159,7 +126,7 @@ class _Block(Function):
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         if grads[0] is None:
             return None, None, None, None
-        g = _same_layout(grads[0], ctx.saved_tensors[3])
+        g = same_layout(grads[0], ctx.saved_tensors[3])
         return *_BlockBackward.apply(g, *ctx.saved_tensors, ctx.constants), None
 
 
@@ -191,7 +158,7 @@ class _BlockBackward(Function):
         g, x, gamma, beta, picked, choice, mean, r, dgamma, dbeta = ctx.saved_tensors
         if torch.is_grad_enabled():
             return _by_differentiation(ctx.constants, g, x, gamma, beta, grads)
-        c = _same_layout(c, x)
+        c = same_layout(c, x)
         c_gamma, c_beta = (v.unsqueeze(1).expand_as(mean).contiguous() for v in (c_gamma, c_beta))
         to_g, to_x, to_gamma = torch.empty_like(g), torch.empty_like(x), torch.empty_like(mean)
         _call(

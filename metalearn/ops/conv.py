@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
+from metalearn.ops import task_conv
+
 
 class Geometry(NamedTuple):
     """Stride, zero padding on each side and number of groups of one convolution."""
@@ -97,6 +99,8 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0) -> T
         convolution, and the result is a view of its output.
     """
     tasks, n = x.shape[:2]
+    if task_conv.fits(x, weight, stride, padding):
+        return task_conv.task_conv(x, weight)
     if weight.dim() == 4:
         flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)
         y = _Convolution.apply(flat, weight, Geometry(stride, padding, 1))

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metalearn.ops import native
+from metalearn.ops.layout import Strides, orders, same_layout, strides
 from metalearn.ops.norm import Moments, Normalization
 
 MOST_INPUTS = 4  # channels; the work on patches grows with their square
@@ -112,12 +113,10 @@ class _Shape(ctypes.Structure):
     """The kernels' `Stem`."""
 
     _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            "tasks", "sets", "m", "inputs", "channels", "height", "width",
-            "x_task", "x_example", "w_task", "task", "example", "pixel",
-        )
-    ]  # fmt: skip
+        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "inputs", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("x_task", "x_example", "w_task")),
+        ("pooled", Strides),
+    ]
 
 
 def _patch_moments(x: Tensor, sets: int) -> tuple[Tensor, Tensor]:
@@ -131,25 +130,16 @@ def _patch_moments(x: Tensor, sets: int) -> tuple[Tensor, Tensor]:
 def _call(name: str, data: _Data, channels: int, w_task: int, *tensors: Tensor) -> None:
     x, sets, beside = data
     tasks, n, inputs, height, width = x.shape
-    pixels = (height // 2) * (width // 2)
-    pooled = (channels, pixels * tasks * channels, tasks * channels)
-    if not beside:
-        pooled = (n * pixels * channels, pixels * channels, channels)
-    strides = x.stride(0), x.stride(1), w_task, *pooled
-    shape = _Shape(tasks, sets, n // sets, inputs, channels, height, width, *strides)
+    pooled = strides((tasks, n, channels, height // 2, width // 2), beside)
+    shape = _Shape(tasks, sets, n // sets, inputs, channels, height, width, x.stride(0), x.stride(1), w_task, pooled)
     library = native.library(x.dtype, x.device)
     native.call(getattr(library, name), shape, tasks * sets, *(native.pointer(t) for t in tensors))
 
 
 def _pooled(data: _Data, channels: int, dtype: torch.dtype) -> Tensor:
     tasks, n, _, height, width = data.x.shape
-    if data.beside:
-        return torch.empty(n, height // 2, width // 2, tasks, channels, dtype=dtype).permute(3, 0, 4, 1, 2)
-    return torch.empty(tasks, n, height // 2, width // 2, channels, dtype=dtype).permute(0, 1, 4, 2, 3)
-
-
-def _like(g: Tensor, like: Tensor) -> Tensor:
-    return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
+    shape = (tasks, n, channels, height // 2, width // 2)
+    return torch.empty_strided(shape, orders(shape)[0 if data.beside else 1], dtype=dtype)
 
 
 def _stride(w: Tensor) -> int:
@@ -175,7 +165,7 @@ class _Pick(Function):
         if grads[0] is None:
             return None, None, None, None
         w, a, b, picked, choice = ctx.saved_tensors
-        g = _like(grads[0], picked)
+        g = same_layout(grads[0], picked)
         return *_Pull.apply(g, w, a, b, picked, choice, ctx.data), None
 
 

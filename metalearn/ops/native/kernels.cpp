@@ -584,3 +584,247 @@ extern "C" int stem_pull(const Stem *p, int64_t first, int64_t last, const REAL 
             sum_gv + row + c, sum_g + row + c);
     EACH_PICTURE(2, PULL)
 }
+
+// ---- 3x3 convolution with filters of each task's own, stride 1, one pixel of zero padding -----------------------------
+//
+// Filters lie as [9][inputs][outputs]. For each of the 9 taps, one after the other, the pairs of an output pixel and the
+// input pixel that the tap sees are multiplied; pairs outside the picture are not in the list, so no work is spent on
+// the padding.
+
+struct Conv {
+    int64_t tasks, n, inputs, outputs, height, width;
+    Layout x, y;
+    int64_t w_task;  // stride of the filters; 0 when all tasks share them
+};
+
+struct Pair {
+    int32_t x, y;  // offsets of the pixels from the first picture's
+};
+
+// Accumulators are rows (pixels, or inputs) by U vectors of outputs: with U vectors of filters, at most 32 registers.
+constexpr int rows(int U) { return U == 4 ? 7 : 12; }
+constexpr int weight_rows(int U) { return U == 4 ? 7 : U == 2 ? 11 : 12; }
+
+// The pairs of each tap for a group of whole pictures, picture after picture, so that fewer pictures have a prefix.
+struct Pairs {
+    int64_t pictures, each[9];
+    Pair *list[9];
+    Pair *memory;
+
+    Pairs(const Conv &p, int64_t pixels) {
+        pictures = pixels / (p.height * p.width);
+        if (pictures < 1) pictures = 1;
+        if (pictures > p.n) pictures = p.n;
+        const int64_t area = pictures * p.height * p.width;
+        memory = (Pair *)std::malloc(9 * area * sizeof(Pair));
+        if (!memory) return;
+        for (int tap = 0; tap < 9; tap++) {
+            Pair *to = list[tap] = memory + tap * area;
+            const int64_t dy = tap / 3 - 1, dx = tap % 3 - 1;
+            for (int64_t e = 0; e < pictures; e++) {
+                for (int64_t i = 0; i < p.height; i++)
+                    for (int64_t j = 0; j < p.width; j++) {
+                        const int64_t y = i + dy, x = j + dx;
+                        if (y < 0 || y >= p.height || x < 0 || x >= p.width) continue;
+                        to->x = (int32_t)(e * p.x.example + (y * p.width + x) * p.x.pixel);
+                        to->y = (int32_t)(e * p.y.example + (i * p.width + j) * p.y.pixel);
+                        to++;
+                    }
+                if (e == 0) each[tap] = to - list[tap];
+            }
+        }
+    }
+    ~Pairs() { std::free(memory); }
+};
+
+// y += x w for R pairs and U vectors of outputs; `flip` exchanges the roles of the pair's pixels.
+template <int R, int U>
+ALWAYS void multiply(const Pair *pairs, bool flip, const REAL *x, const REAL *w, int64_t inputs, int64_t outputs, REAL *y,
+                     int k, bool zero) {
+    const REAL *from[R];
+    REAL *to[R];
+    vec acc[R][U];
+    for (int r = 0; r < R; r++) {
+        from[r] = x + (flip ? pairs[r].y : pairs[r].x);
+        to[r] = y + (flip ? pairs[r].x : pairs[r].y);
+        for (int u = 0; u < U; u++) acc[r][u] = zero ? vec{} : load(to[r] + u * LANES, k);
+    }
+    constexpr int STEP = U == 2 ? 2 : 1;  // there are more pixels than registers for their addresses
+    int64_t i = 0;
+    for (; i + STEP <= inputs; i += STEP) {
+        vec f[STEP][U];
+        for (int s = 0; s < STEP; s++)
+            for (int u = 0; u < U; u++) f[s][u] = load(w + (i + s) * outputs + u * LANES, k);
+        for (int r = 0; r < R; r++)
+            for (int s = 0; s < STEP; s++)
+                for (int u = 0; u < U; u++) acc[r][u] += from[r][i + s] * f[s][u];
+    }
+    for (; i < inputs; i++)
+        for (int r = 0; r < R; r++)
+            for (int u = 0; u < U; u++) acc[r][u] += from[r][i] * load(w + i * outputs + u * LANES, k);
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) store(to[r] + u * LANES, acc[r][u], k);
+}
+
+template <int U>
+ALWAYS void multiply_all(const Pairs &pairs, int64_t pictures, bool flip, const REAL *x, const REAL *w, int64_t inputs,
+                         int64_t outputs, REAL *y, int k) {
+    static const int order[9] = {4, 0, 1, 2, 3, 5, 6, 7, 8};  // the centre first: it sees every pixel
+    for (int t = 0; t < 9; t++) {
+        const int tap = order[t];
+        const int64_t count = pictures * pairs.each[tap];
+        const REAL *filters = w + tap * inputs * outputs;
+        int64_t i = 0;
+        for (; i + rows(U) <= count; i += rows(U))
+            multiply<rows(U), U>(pairs.list[tap] + i, flip, x, filters, inputs, outputs, y, k, t == 0);
+        for (; i + 2 <= count; i += 2)
+            multiply<2, U>(pairs.list[tap] + i, flip, x, filters, inputs, outputs, y, k, t == 0);
+        for (; i < count; i++)
+            multiply<1, U>(pairs.list[tap] + i, flip, x, filters, inputs, outputs, y, k, t == 0);
+    }
+}
+
+ALWAYS void convolve(const Conv &p, const Pairs &pairs, bool flip, const REAL *x, const REAL *w, int64_t inputs,
+                     int64_t outputs, REAL *y) {
+    const int64_t x_example = flip ? p.y.example : p.x.example, y_example = flip ? p.x.example : p.y.example;
+    for (int64_t e = 0; e < p.n; e += pairs.pictures) {
+        const int64_t pictures = p.n - e < pairs.pictures ? p.n - e : pairs.pictures;
+        const REAL *from = x + e * x_example;
+        REAL *to = y + e * y_example;
+        int64_t c = 0;
+        for (; c + 4 * LANES <= outputs; c += 4 * LANES)
+            multiply_all<4>(pairs, pictures, flip, from, w + c, inputs, outputs, to + c, LANES);
+        for (; c + 2 * LANES <= outputs; c += 2 * LANES)
+            multiply_all<2>(pairs, pictures, flip, from, w + c, inputs, outputs, to + c, LANES);
+        for (; c + LANES <= outputs; c += LANES)
+            multiply_all<1>(pairs, pictures, flip, from, w + c, inputs, outputs, to + c, LANES);
+        if (c < outputs) multiply_all<1>(pairs, pictures, flip, from, w + c, inputs, outputs, to + c, (int)(outputs - c));
+    }
+}
+
+constexpr int64_t PIXELS = 256;  // of a group of pictures, whose inputs and outputs should stay in the nearest caches
+
+extern "C" int conv_forward(const Conv *p, int64_t first, int64_t last, const REAL *x, const REAL *w, REAL *y) {
+    Pairs pairs(*p, PIXELS);
+    if (!pairs.memory) return 1;
+    for (int64_t t = first; t < last; t++)
+        convolve(*p, pairs, false, x + t * p->x.task, w + t * p->w_task, p->inputs, p->outputs, y + t * p->y.task);
+    return 0;
+}
+
+// A square of LANES x LANES, by exchanging ever larger parts of pairs of rows.
+ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row) {
+    vec v[LANES];
+    for (int r = 0; r < LANES; r++) v[r] = load(from + r * from_row, LANES);
+    for (int half = LANES / 2; half; half /= 2) {
+        ivec low, high;
+        for (int l = 0; l < LANES; l++) {
+            low[l] = l & half ? LANES + l - half : l;
+            high[l] = l & half ? LANES + l : l + half;
+        }
+        for (int r = 0; r < LANES; r++)
+            if (!(r & half)) {
+                vec a = v[r], b = v[r + half];
+                v[r] = __builtin_shuffle(a, b, low);
+                v[r + half] = __builtin_shuffle(a, b, high);
+            }
+    }
+    for (int r = 0; r < LANES; r++) store(to + r * to_row, v[r], LANES);
+}
+
+// [9][inputs][outputs] to [9][outputs][inputs]
+ALWAYS void transpose(const REAL *w, int64_t inputs, int64_t outputs, REAL *out) {
+    const int64_t whole_i = inputs / LANES * LANES, whole_o = outputs / LANES * LANES;
+    for (int tap = 0; tap < 9; tap++) {
+        const REAL *from = w + tap * inputs * outputs;
+        REAL *to = out + tap * inputs * outputs;
+        for (int64_t i = 0; i < whole_i; i += LANES)
+            for (int64_t o = 0; o < whole_o; o += LANES)
+                transpose_square(from + i * outputs + o, outputs, to + o * inputs + i, inputs);
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t o = i < whole_i ? whole_o : 0; o < outputs; o++) to[o * inputs + i] = from[i * outputs + o];
+    }
+}
+
+extern "C" int conv_data(const Conv *p, int64_t first, int64_t last, const REAL *g, const REAL *w, REAL *dx) {
+    Pairs pairs(*p, PIXELS);
+    Scratch turned(9 * p->inputs * p->outputs);
+    if (!pairs.memory || !turned.memory) return 1;
+    for (int64_t t = first; t < last; t++) {
+        if (t == first || p->w_task) transpose(w + t * p->w_task, p->inputs, p->outputs, turned.memory);
+        convolve(*p, pairs, true, g + t * p->y.task, turned.memory, p->outputs, p->inputs, dx + t * p->x.task);
+    }
+    return 0;
+}
+
+// dw += x' g for R inputs and U vectors of outputs, over some pairs
+template <int R, int U>
+ALWAYS void correlate(const Pair *pairs, int64_t count, const REAL *x, const REAL *g, REAL *dw, int64_t outputs, int k) {
+    vec acc[R][U];
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) acc[r][u] = load(dw + r * outputs + u * LANES, k);
+    for (int64_t i = 0; i < count; i++) {
+        const REAL *a = x + pairs[i].x, *b = g + pairs[i].y;
+        vec v[U];
+        for (int u = 0; u < U; u++) v[u] = load(b + u * LANES, k);
+        for (int r = 0; r < R; r++)
+            for (int u = 0; u < U; u++) acc[r][u] += a[r] * v[u];
+    }
+    for (int r = 0; r < R; r++)
+        for (int u = 0; u < U; u++) store(dw + r * outputs + u * LANES, acc[r][u], k);
+}
+
+template <int U>
+ALWAYS void correlate_all(const Pair *pairs, int64_t count, const REAL *x, const REAL *g, REAL *dw, int64_t inputs,
+                          int64_t outputs, int k) {
+    constexpr int R = weight_rows(U);
+    const int64_t blocks = (inputs + R - 1) / R, short_ones = blocks * R - inputs;
+    int64_t i = 0;
+    if (short_ones <= blocks)  // as even as can be: blocks of R and of R - 1
+        for (; i < short_ones * (R - 1); i += R - 1)
+            correlate<R - 1, U>(pairs, count, x + i, g, dw + i * outputs, outputs, k);
+    for (; i + R <= inputs; i += R) correlate<R, U>(pairs, count, x + i, g, dw + i * outputs, outputs, k);
+    for (; i + 3 <= inputs; i += 3) correlate<3, U>(pairs, count, x + i, g, dw + i * outputs, outputs, k);
+    for (; i < inputs; i++) correlate<1, U>(pairs, count, x + i, g, dw + i * outputs, outputs, k);
+}
+
+extern "C" int conv_weight(const Conv *p, int64_t first, int64_t last, const REAL *x, const REAL *g, REAL *dw) {
+    constexpr int64_t RUN = 64;
+    Pairs pairs(*p, PIXELS);
+    if (!pairs.memory) return 1;
+    const int64_t size = 9 * p->inputs * p->outputs;
+    for (int64_t t = first; t < last; t++) {
+        REAL *out = dw + t * size;
+        std::memset(out, 0, size * sizeof(REAL));
+        for (int64_t e = 0; e < p->n; e += pairs.pictures) {
+            const int64_t pictures = p->n - e < pairs.pictures ? p->n - e : pairs.pictures;
+            const REAL *a = x + t * p->x.task + e * p->x.example, *b = g + t * p->y.task + e * p->y.example;
+            for (int64_t run = 0; run < pictures * pairs.each[4]; run += RUN)
+                for (int tap = 0; tap < 9; tap++) {
+                    const int64_t all = pictures * pairs.each[tap], count = all - run < RUN ? all - run : RUN;
+                    if (count <= 0) continue;
+                    const Pair *from = pairs.list[tap] + run;
+                    REAL *to = out + tap * p->inputs * p->outputs;
+                    int64_t c = 0;
+                    for (; c + 4 * LANES <= p->outputs; c += 4 * LANES)
+                        correlate_all<4>(from, count, a, b + c, to + c, p->inputs, p->outputs, LANES);
+                    for (; c + 2 * LANES <= p->outputs; c += 2 * LANES)
+                        correlate_all<2>(from, count, a, b + c, to + c, p->inputs, p->outputs, LANES);
+                    for (; c + LANES <= p->outputs; c += LANES)
+                        correlate_all<1>(from, count, a, b + c, to + c, p->inputs, p->outputs, LANES);
+                    if (c < p->outputs)
+                        correlate_all<1>(from, count, a, b + c, to + c, p->inputs, p->outputs, (int)(p->outputs - c));
+                }
+        }
+    }
+    return 0;
+}
+
+// Whether the convolutions were written for this processor: without AVX-512 the library's are faster.
+extern "C" int conv_worthwhile() {
+#ifdef __AVX512F__
+    return 1;
+#else
+    return 0;
+#endif
+}

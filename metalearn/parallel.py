@@ -1,0 +1,39 @@
+"""Chunks of tasks on threads: one thread a chunk, each with one thread inside.
+
+Tasks are independent, so this scales where threads inside an operator do not: a meta-step is hundreds of small
+operators, each of which would end in a barrier. Python holds its lock only between operators.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="tasks", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def over(work: Callable[[T], R], parts: Sequence[T], device: torch.device) -> Iterator[R]:
+    """`work` of each part, in their order; on a CPU at most torch's number of threads at the same time.
+
+    The split into parts is the caller's and does not depend on the number of threads, nor does any result.
+    """
+    threads = min(torch.get_num_threads(), len(parts))
+    if device.type != "cpu" or threads == 1:
+        yield from map(work, parts)
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # partly a setting of the whole process
+    try:
+        yield from _pool(threads).map(work, parts)
+    finally:
+        torch.set_num_threads(before)
