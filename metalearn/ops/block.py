@@ -6,6 +6,7 @@ over the full activations many times. The result is the same function, with the 
 """
 
 import ctypes
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metalearn.ops import native
-from metalearn.ops.layout import Strides, dense, order_of, orders, same_layout, strides
+from metalearn.ops.layout import Strides, dense, empty, is_beside, same_layout, strides
 from metalearn.ops.norm import Moments, Normalization, batch_norm
 
 
@@ -44,8 +45,7 @@ def norm_relu_pool(
     Returns:
         `[B, n, C, H // pool, W // pool]`.
     """
-    kernels = native.library(x.dtype, x.device)
-    if kernels is None or norm.given is not None:
+    if native.library(x) is None or norm.given is not None:
         h = torch.relu(batch_norm(x, weight, bias, before, layer=layer, eps=eps, norm=norm))
         return h if pool == 1 else max_pool(h)
     tasks, _, channels = x.shape[:3]
@@ -84,20 +84,20 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def _pooled(x: Tensor, pool: int) -> tuple[int, ...]:
-    return (*x.shape[:3], x.shape[3] // pool, x.shape[4] // pool)
+def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
+    return (*shape[:3], shape[3] // pool, shape[4] // pool)
 
 
-def _call(name: str, x: Tensor, constants: _Constants, *arguments: Any) -> None:
-    tasks, n, channels, height, width = x.shape
-    sets, pool = constants.sets, constants.pool
-    beside = order_of(x) == orders(x.shape)[0]
-    where = strides(x.shape, beside), strides(_pooled(x, pool), beside)
-    shape = _Shape(tasks, sets, n // sets, channels, height, width, pool, *where)
-    library = native.library(x.dtype, x.device)
-    assert library is not None
-    tensors = [native.pointer(a) if isinstance(a, Tensor) else ctypes.c_double(a) for a in arguments]
-    native.call(getattr(library, name), shape, tasks * sets, *tensors)
+@functools.lru_cache(1024)
+def _shape(shape: tuple[int, ...], beside: bool, sets: int, pool: int) -> _Shape:
+    tasks, n, channels, height, width = shape
+    where = strides(shape, beside), strides(_pooled(shape, pool), beside)
+    return _Shape(tasks, sets, n // sets, channels, height, width, pool, *where)
+
+
+def _call(name: str, x: Tensor, constants: _Constants, *arguments: Tensor | float) -> None:
+    shape = _shape(x.shape, bool(is_beside(x)), constants.sets, constants.pool)
+    native.call(name, shape, len(x) * constants.sets, *arguments)
 
 
 class _Block(Function):
@@ -109,10 +109,8 @@ class _Block(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, beta: Tensor, constants: _Constants) -> tuple[Tensor, ...]:
-        pooled = _pooled(x, constants.pool)
-        order = orders(pooled)[orders(x.shape).index(order_of(x) or ())]
-        y, picked = (torch.empty_strided(pooled, order, dtype=x.dtype) for _ in range(2))
-        choice = torch.empty_strided(pooled, order, dtype=torch.uint8)
+        pooled, beside = _pooled(x.shape, constants.pool), bool(is_beside(x))
+        y, picked, choice = (empty(pooled, beside, dtype) for dtype in (x.dtype, x.dtype, torch.uint8))
         mean = x.new_empty(len(x), constants.sets, x.shape[2])
         r = torch.empty_like(mean)
         _call("block_forward", x, constants, x, gamma, beta, constants.eps, y, picked, choice, mean, r)

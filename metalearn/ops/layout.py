@@ -1,10 +1,16 @@
-"""Where the numbers of a task-batched activation `[B, n, C, H, W]` lie, as the compiled kernels know it."""
+"""Where the numbers of a task-batched activation `[B, n, C, H, W]` lie, as the compiled kernels know it.
+
+The channels of a pixel are side by side, and the pixels of a picture in order. The tasks are *beside* the channels
+(`[n, H, W, B, C]` in memory) or outermost (`[B, n, H, W, C]`).
+"""
 
 import ctypes
-from typing import Any
+import functools
 
 import torch
 from torch import Tensor
+
+Shape = tuple[int, ...]
 
 
 class Strides(ctypes.Structure):
@@ -13,25 +19,37 @@ class Strides(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in ("task", "example", "pixel")]
 
 
-def orders(shape: Any) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Strides of the two layouts of `kernels.cpp`: tasks beside the channels, and tasks outermost."""
+@functools.lru_cache(4096)
+def order(shape: Shape, beside: bool) -> tuple[int, ...]:
+    """Strides of one of the two layouts."""
     tasks, n, channels, height, width = shape
     picture = height * width * channels
-    beside = (channels, tasks * picture, 1, width * tasks * channels, tasks * channels)
-    return beside, (n * picture, picture, 1, width * channels, channels)
+    if beside:
+        return channels, tasks * picture, 1, width * tasks * channels, tasks * channels
+    return n * picture, picture, 1, width * channels, channels
 
 
-def order_of(x: Tensor) -> tuple[int, ...] | None:
-    """The strides of x in the layout that it lies in, with those of single entries put right; None if in neither."""
-    for order in orders(x.shape):
-        if all(a == b or size == 1 for a, b, size in zip(x.stride(), order, x.shape, strict=True)):
-            return order
+@functools.lru_cache(4096)
+def _is_beside(shape: Shape, stride: tuple[int, ...]) -> bool | None:
+    for beside in (True, False):  # strides of single entries mean nothing
+        if all(a == b or size == 1 for a, b, size in zip(stride, order(shape, beside), shape, strict=True)):
+            return beside
     return None
+
+
+def is_beside(x: Tensor) -> bool | None:
+    """Whether the tasks of x lie beside its channels, or outermost (False); None if x is in neither layout."""
+    return _is_beside(x.shape, x.stride())
 
 
 def dense(x: Tensor) -> Tensor:
     """x in one of the two layouts, copied if need be."""
-    return x if order_of(x) else torch.empty_strided(x.shape, orders(x.shape)[0], dtype=x.dtype).copy_(x)
+    return x if is_beside(x) is not None else empty(x.shape, True, x.dtype).copy_(x)
+
+
+def empty(shape: Shape, beside: bool, dtype: torch.dtype) -> Tensor:
+    """An activation with undefined values in one of the two layouts."""
+    return torch.empty_strided(shape, order(tuple(shape), beside), dtype=dtype)
 
 
 def same_layout(g: Tensor, like: Tensor) -> Tensor:
@@ -39,7 +57,7 @@ def same_layout(g: Tensor, like: Tensor) -> Tensor:
     return g if g.stride() == like.stride() else torch.empty_like(like).copy_(g)
 
 
-def strides(shape: Any, beside: bool) -> Strides:
+def strides(shape: Shape, beside: bool) -> Strides:
     """Strides of one of the two layouts, for the kernels."""
-    order = orders(shape)[0 if beside else 1]
-    return Strides(order[0], order[1], order[4])
+    task, example, _, _, pixel = order(shape, beside)
+    return Strides(task, example, pixel)

@@ -8,6 +8,7 @@ affine map), with v linear in w and sparse in its adjoint.
 """
 
 import ctypes
+import functools
 import weakref
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metalearn.ops import native
-from metalearn.ops.layout import Strides, orders, same_layout, strides
+from metalearn.ops.layout import Strides, empty, same_layout, strides
 from metalearn.ops.norm import Moments, Normalization
 
 MOST_INPUTS = 4  # channels; the work on patches grows with their square
@@ -25,7 +26,7 @@ MOST_INPUTS = 4  # channels; the work on patches grows with their square
 def fits(x: Tensor, weight: Tensor, stride: int, pool: int) -> bool:
     """Whether `stem` covers a block: data of few channels that needs no gradient, 3x3 filters, pooling."""
     small = x.shape[2] <= MOST_INPUTS and weight.shape[-2:] == (3, 3) and (stride, pool) == (1, 2)
-    return small and not x.requires_grad and native.library(x.dtype, x.device) is not None
+    return small and not x.requires_grad and native.library(x) is not None
 
 
 def stem(
@@ -123,23 +124,28 @@ def _patch_moments(x: Tensor, sets: int) -> tuple[Tensor, Tensor]:
     """Mean `[B, sets, 9 C]` and covariance `[B, sets, 9 C, 9 C]` of the zero-padded 3x3 patches of each set."""
     taps = 9 * x.shape[2]
     mean, covariance = x.new_empty(len(x), sets, taps), x.new_empty(len(x), sets, taps, taps)
-    _call("stem_moments", _Data(x, sets, True), 1, 0, x, mean, covariance)
+    _call("stem_moments", _Data(x, sets, True), 1, 0, mean, covariance)
     return mean, covariance
+
+
+@functools.lru_cache(1024)
+def _shape(
+    shape: tuple[int, ...], x_strides: tuple[int, ...], sets: int, beside: bool, channels: int, w_task: int
+) -> _Shape:
+    tasks, n, inputs, height, width = shape
+    pooled = strides((tasks, n, channels, height // 2, width // 2), beside)
+    return _Shape(tasks, sets, n // sets, inputs, channels, height, width, *x_strides[:2], w_task, pooled)
 
 
 def _call(name: str, data: _Data, channels: int, w_task: int, *tensors: Tensor) -> None:
     x, sets, beside = data
-    tasks, n, inputs, height, width = x.shape
-    pooled = strides((tasks, n, channels, height // 2, width // 2), beside)
-    shape = _Shape(tasks, sets, n // sets, inputs, channels, height, width, x.stride(0), x.stride(1), w_task, pooled)
-    library = native.library(x.dtype, x.device)
-    native.call(getattr(library, name), shape, tasks * sets, *(native.pointer(t) for t in tensors))
+    shape = _shape(x.shape, x.stride(), sets, beside, channels, w_task)
+    native.call(name, shape, len(x) * sets, x, *tensors)
 
 
 def _pooled(data: _Data, channels: int, dtype: torch.dtype) -> Tensor:
     tasks, n, _, height, width = data.x.shape
-    shape = (tasks, n, channels, height // 2, width // 2)
-    return torch.empty_strided(shape, orders(shape)[0 if data.beside else 1], dtype=dtype)
+    return empty((tasks, n, channels, height // 2, width // 2), data.beside, dtype)
 
 
 def _stride(w: Tensor) -> int:
@@ -153,7 +159,7 @@ class _Pick(Function):
     def forward(ctx: Any, w: Tensor, a: Tensor, b: Tensor, data: _Data) -> tuple[Tensor, Tensor, Tensor]:
         y, picked = (_pooled(data, w.shape[-1], w.dtype) for _ in range(2))
         choice = _pooled(data, w.shape[-1], torch.uint8)
-        _call("stem_pick", data, w.shape[-1], _stride(w), data.x, w, a, b, y, picked, choice)
+        _call("stem_pick", data, w.shape[-1], _stride(w), w, a, b, y, picked, choice)
         ctx.save_for_backward(w, a, b, picked, choice)
         ctx.data = data
         ctx.set_materialize_grads(False)
@@ -181,7 +187,7 @@ class _Pull(Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         sums = w.new_zeros(*a.shape[:2], *w.shape[-2:])
         da, db = torch.zeros_like(a), torch.zeros_like(a)
-        _call("stem_pull", data, w.shape[-1], 0, data.x, g, picked, choice, sums, da, db)
+        _call("stem_pull", data, w.shape[-1], 0, g, picked, choice, sums, da, db)
         ctx.save_for_backward(g, w, a, b, picked, choice, sums)
         ctx.data = data
         dw = (sums * a.unsqueeze(-2)).sum((0, 1) if w.dim() == 2 else 1)
@@ -194,7 +200,7 @@ class _Pull(Function):
             return _by_differentiation(ctx.data, g, w, a, b, grads)
         cw, ca, cb = (c.contiguous() for c in grads)
         to_g = torch.empty_like(g)
-        _call("stem_push", ctx.data, w.shape[-1], _stride(w), ctx.data.x, cw, ca, cb, a, picked, choice, to_g)
+        _call("stem_push", ctx.data, w.shape[-1], _stride(w), cw, ca, cb, a, picked, choice, to_g)
         to_a = (sums * (cw if w.dim() == 2 else cw.unsqueeze(1))).sum(-2)
         to_w = (sums * ca.unsqueeze(-2)).sum((0, 1) if w.dim() == 2 else 1)
         return to_g, to_w, to_a, None, None, None, None

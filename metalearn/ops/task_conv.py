@@ -1,11 +1,12 @@
 """3x3 convolution with filters of each task's own by the compiled kernels, closed under differentiation.
 
 Forward pass, data gradient and weight gradient, each with derivatives made of the other two, as in
-`metalearn.ops.conv`. The kernels read filters as [3, 3, inputs, outputs]; gradients come in that memory order, and so do
-filters that were moved along them: only filters that the tasks still share are reordered, once for all tasks.
+`metalearn.ops.conv`. The kernels read filters as [3, 3, inputs, outputs]; gradients come in that memory order, and so
+do filters that were moved along them: only those that the tasks still share are reordered, once for all tasks.
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 from torch.autograd import Function
 
 from metalearn.ops import native
-from metalearn.ops.layout import Strides, dense, order_of, orders, strides
+from metalearn.ops.layout import Strides, dense, empty, is_beside, strides
 
 
 def fits(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether the kernels cover this convolution and are made for this processor."""
     if weight.dim() != 5 or weight.shape[-2:] != (3, 3) or (stride, padding) != (1, 1):
         return False
-    library = native.library(x.dtype, x.device)
+    library = native.library(x)
     return library is not None and bool(library.conv_worthwhile())
 
 
@@ -48,20 +49,22 @@ class _Shape(ctypes.Structure):
     ]
 
 
-def _call(name: str, x: Any, y: Any, w_task: int, *tensors: Tensor) -> None:
-    """x and y: shape of an activation, and whether its tasks lie beside the channels."""
+Place = tuple[torch.Size, bool]
+"""Shape of an activation, and whether its tasks lie beside the channels."""
+
+
+@functools.lru_cache(1024)
+def _shape(x: Place, y: Place, w_task: int) -> _Shape:
     (tasks, n, inputs, height, width), outputs = x[0], y[0][2]
-    shape = _Shape(tasks, n, inputs, outputs, height, width, strides(*x), strides(*y), w_task)
-    library = native.library(tensors[0].dtype, tensors[0].device)
-    native.call(getattr(library, name), shape, tasks, *(native.pointer(t) for t in tensors))
+    return _Shape(tasks, n, inputs, outputs, height, width, strides(*x), strides(*y), w_task)
 
 
-def _place(x: Tensor) -> tuple[torch.Size, bool]:
-    return x.shape, order_of(x) == orders(x.shape)[0]
+def _call(name: str, x: Place, y: Place, w_task: int, *tensors: Tensor) -> None:
+    native.call(name, _shape(x, y, w_task), x[0][0], *tensors)
 
 
-def _empty(shape: Any, beside: bool, like: Tensor) -> Tensor:
-    return torch.empty_strided(shape, orders(shape)[0 if beside else 1], dtype=like.dtype)
+def _place(x: Tensor) -> Place:
+    return x.shape, bool(is_beside(x))
 
 
 class _Convolution(Function):
@@ -71,8 +74,8 @@ class _Convolution(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, packed: Tensor) -> Tensor:
         ctx.save_for_backward(x, w, packed)
         beside = _place(x)[1]
-        y = _empty((*x.shape[:2], w.shape[1], *x.shape[3:]), beside, x)
-        _call("conv_forward", _place(x), (y.shape, beside), packed.stride(0), x, packed, y)
+        y = empty((*x.shape[:2], w.shape[1], *x.shape[3:]), beside, x.dtype)
+        _call("conv_forward", (x.shape, beside), (y.shape, beside), packed.stride(0), x, packed, y)
         return y
 
     @staticmethod
@@ -90,8 +93,8 @@ class _DataGradient(Function):
     def forward(ctx: Any, g: Tensor, w: Tensor, packed: Tensor) -> Tensor:
         ctx.save_for_backward(g, w, packed)
         beside = _place(g)[1]
-        dx = _empty((*g.shape[:2], w.shape[2], *g.shape[3:]), beside, g)
-        _call("conv_data", (dx.shape, beside), _place(g), packed.stride(0), g, packed, dx)
+        dx = empty((*g.shape[:2], w.shape[2], *g.shape[3:]), beside, g.dtype)
+        _call("conv_data", (dx.shape, beside), (g.shape, beside), packed.stride(0), g, packed, dx)
         return dx
 
     @staticmethod

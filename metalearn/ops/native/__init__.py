@@ -45,25 +45,24 @@ def _library(dtype: torch.dtype) -> Library | Unavailable:
         return error if isinstance(error, Unavailable) else Unavailable(str(error))
 
 
-def library(dtype: torch.dtype, device: torch.device) -> Library | None:
-    """The kernels for tensors of this kind; None if PyTorch's operators are to be used."""
-    if device.type != "cpu" or dtype not in REAL or not enabled():
+enabled = os.environ.get("METALEARN_KERNELS", "native") != "torch"
+"""Whether the kernels may be used at all."""
+
+
+def library(x: Tensor) -> Library | None:
+    """The kernels for tensors like x; None if PyTorch's operators are to be used."""
+    if not enabled or not x.is_cpu or x.dtype not in REAL:
         return None
-    found = _library(dtype)
+    found = _library(x.dtype)
     return found if isinstance(found, Library) else None
 
 
 def reason() -> str | None:
     """Why float32 tensors on a CPU do without the kernels; None if they do not."""
-    if not enabled():
+    if not enabled:
         return "METALEARN_KERNELS=torch"
     found = _library(torch.float32)
     return str(found) if isinstance(found, Unavailable) else None
-
-
-def enabled() -> bool:
-    """Whether the environment allows the kernels (`METALEARN_KERNELS`: `native`, the default, or `torch`)."""
-    return os.environ.get("METALEARN_KERNELS", "native") != "torch"
 
 
 def _build(real: str) -> Path:
@@ -100,28 +99,40 @@ def _processor() -> str:
         return platform.processor() + platform.machine()
 
 
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    """Where a tensor's first element lies."""
-    return ctypes.c_void_p(tensor.data_ptr())
-
-
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernel")
 
 
-def call(kernel: Any, shape: ctypes.Structure, units: int, *arguments: Any) -> None:
-    """Run a kernel on units 0..units-1, split among torch's threads.
+@functools.cache
+def _function(library: Library, name: str, arguments: str) -> Any:
+    """A kernel that takes a shape, a range of units, and tensors (`p`) or numbers (`d`)."""
+    function = library[name]
+    kinds: dict[str, Any] = {"p": ctypes.c_void_p, "d": ctypes.c_double}
+    function.argtypes = [kinds["p"], ctypes.c_int64, ctypes.c_int64, *(kinds[a] for a in arguments)]
+    return function
+
+
+def call(name: str, shape: ctypes.Structure, units: int, *arguments: Tensor | float) -> None:
+    """Run a kernel on units 0..units-1, split among torch's threads. The first argument is a tensor.
 
     Raises:
         MemoryError: a kernel found no memory for its scratch space.
     """
+    first = arguments[0]
+    assert isinstance(first, Tensor)
+    kinds = "".join("p" if isinstance(a, Tensor) else "d" for a in arguments)
+    kernel = _function(_library(first.dtype), name, kinds)
+    where = ctypes.addressof(shape)
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     threads = min(torch.get_num_threads(), units)
-    where = ctypes.byref(shape)
+    if threads == 1:
+        failed = kernel(where, 0, units, *values)
+    else:
 
-    def part(i: int) -> int:
-        low, high = units * i // threads, units * (i + 1) // threads
-        return int(kernel(where, ctypes.c_int64(low), ctypes.c_int64(high), *arguments) or 0)
+        def part(i: int) -> int:
+            return int(kernel(where, units * i // threads, units * (i + 1) // threads, *values))
 
-    if (part(0) if threads == 1 else max(_pool().map(part, range(threads)))) != 0:
+        failed = max(_pool().map(part, range(threads)))
+    if failed:
         raise MemoryError("no memory for a kernel's scratch space")
