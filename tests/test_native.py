@@ -1,13 +1,11 @@
 """The compiled kernels against PyTorch's operators: the same function with the same derivatives."""
 
-import itertools
-
 import pytest
 import torch
 from oracles import ROUNDING, distance, normal
 from torch import Tensor
 
-from metalearn.ops import Layer, Normalization, chain, native, norm_relu_pool, stem
+from metalearn.ops import Normalization, native, norm_relu_pool, stem
 from metalearn.ops.conv import conv2d
 from metalearn.ops.layout import empty
 from metalearn.ops.norm import Moments
@@ -126,34 +124,6 @@ def test_statistics_are_those_of_the_convolution(monkeypatch):
     var, mean = torch.var_mean(conv2d(x, w, padding=1), dim=(1, 3, 4), correction=0)
     assert distance([norm.seen["n"].mean, norm.seen["n"].var], [mean + bias, var]) < ROUNDING
     assert norm.seen["n"].size == 3 * 6 * 7
-
-
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("last_relu", [False, True])
-@pytest.mark.parametrize("widths", [(3, 2), (1, 40, 40, 1), (5, 9, 17, 33, 2), (128, 64, 5)])
-def test_chain_is_affine_maps_and_relus(widths, last_relu, shared, monkeypatch):
-    """In the data, the weights and the offsets; one layer to four, rows and columns in whole and part vectors."""
-    tasks, n, pairs = 2, 11, list(itertools.pairwise(widths))
-    lead = () if shared else (tasks,)
-    weights = [normal(*lead, o, i, seed=2 + k) / i**0.5 for k, (i, o) in enumerate(pairs)]
-    biases = [normal(*lead, o, seed=20 + k) for k, (_, o) in enumerate(pairs)]
-
-    def net(x: Tensor, *leaves: Tensor) -> Tensor:
-        layers = [Layer(w, b) for w, b in zip(leaves[: len(pairs)], leaves[len(pairs) :], strict=True)]
-        return chain(x, layers, last_relu=last_relu).square()  # so that the third derivative is not zero
-
-    agree(net, [normal(tasks, n, widths[0], seed=1), *weights, *biases], monkeypatch)
-
-
-def test_chain_of_constant_data(monkeypatch):
-    """Data that needs no gradient, as in a first layer."""
-    x = normal(2, 5, 3, seed=1)
-
-    def net(v: Tensor, w: Tensor, b: Tensor, c: Tensor) -> Tensor:
-        return chain(x, [Layer(v, b), Layer(w, c)], last_relu=False).square()
-
-    shapes = [(2, 4, 3), (2, 1, 4), (2, 4), (2, 1)]
-    agree(net, [normal(*shape, seed=i) for i, shape in enumerate(shapes)], monkeypatch)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

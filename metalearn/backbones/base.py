@@ -7,13 +7,12 @@ is given a dictionary of parameters, shared `[*shape]` or one per task `[B, *sha
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from metalearn.episode import Params
-from metalearn.ops import Layer, Normalization, chain, linear
+from metalearn.ops import Normalization, linear
 from metalearn.random import Key
 
 OnSite = Callable[[Tensor, str], Tensor]
@@ -28,8 +27,6 @@ class Stage(nn.Module, ABC):
     """Shape of one example after this stage."""
     normalizes: bool = False
     """Whether the stage has a batch-norm layer, `<name>.norm`."""
-    affine: Literal["identity", "plain", "relu"] | None = None
-    """Whether the stage is the identity or an affine map (followed by ReLU or not): `run` joins such neighbours."""
 
     @property
     def width(self) -> int:
@@ -43,8 +40,6 @@ class Stage(nn.Module, ABC):
 
 class Linear(Stage):
     """Affine map of flat features."""
-
-    affine: Literal["identity", "plain", "relu"] | None = "plain"
 
     def __init__(self, name: str, inputs: int, outputs: int):
         super().__init__()
@@ -135,11 +130,10 @@ class Backbone(nn.Module):
         first, last = sites.index(start), len(sites) - 1 if stop is None else sites.index(stop)
         if on_site is not None and first == 0 < last:
             h = on_site(h, "input")
-        stages = [self.stage(name) for name in sites[first + 1 : last + 1]]
-        if on_site is None:
-            return _apply_joined(stages, params, h, norm)
-        for stage in stages:
-            h = on_site(stage.apply_stage(params, h, norm), stage.name)
+        for name in sites[first + 1 : last + 1]:
+            h = self.stage(name).apply_stage(params, h, norm)
+            if on_site is not None:
+                h = on_site(h, name)
         return h
 
     def reset(self, key: Key) -> None:
@@ -162,27 +156,3 @@ class Backbone(nn.Module):
         """Bytes of the stages' largest activations for `n` examples of a task: the unit in which tasks are chunked."""
         size = next(self.parameters()).element_size()
         return n * size * sum(self.stage(s).width for s in self.stages)
-
-
-def _apply_joined(stages: list[Stage], params: Params, h: Tensor, norm: Normalization) -> Tensor:
-    """Apply stages in turn, neighbouring affine maps (all but the last of them with ReLU) as one operation."""
-    pending: list[Stage] = []
-
-    def flush(h: Tensor) -> Tensor:
-        if not pending:
-            return h
-        layers = [Layer(params[f"{s.name}.weight"], params[f"{s.name}.bias"]) for s in pending]
-        last_relu = pending[-1].affine == "relu"
-        pending.clear()
-        return chain(h.flatten(2), layers, last_relu=last_relu)
-
-    for stage in stages:
-        if stage.affine == "identity":
-            continue
-        if stage.affine is None:
-            h = stage.apply_stage(params, flush(h), norm)
-            continue
-        pending.append(stage)
-        if stage.affine == "plain":
-            h = flush(h)
-    return flush(h)

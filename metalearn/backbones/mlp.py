@@ -16,7 +16,6 @@ class _Hidden(Linear):
     def __init__(self, name: str, inputs: int, outputs: int, activation: str):
         super().__init__(name, inputs, outputs)
         self.activation = ACTIVATIONS[activation]
-        self.affine = "relu" if activation == "relu" else None
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         return self.activation(super().apply_stage(params, h.flatten(2), norm))
@@ -24,7 +23,6 @@ class _Hidden(Linear):
 
 class _Features(Stage):
     name = "feat"
-    affine = "identity"
 
     def __init__(self, width: int):
         super().__init__()

@@ -5,19 +5,8 @@ per task (`[B, *shape]`). The memory layout is theirs to choose; the logical sha
 """
 
 from metalearn.ops.block import max_pool, norm_relu_pool
-from metalearn.ops.chain import Layer, chain
 from metalearn.ops.conv import conv2d
 from metalearn.ops.linear import linear
 from metalearn.ops.norm import Normalization, Statistics, batch_norm
 
-__all__ = [
-    "Layer",
-    "Normalization",
-    "Statistics",
-    "batch_norm",
-    "chain",
-    "conv2d",
-    "linear",
-    "max_pool",
-    "norm_relu_pool",
-]
+__all__ = ["Normalization", "Statistics", "batch_norm", "conv2d", "linear", "max_pool", "norm_relu_pool"]

@@ -15,7 +15,6 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -107,39 +106,25 @@ def _pool() -> ThreadPoolExecutor:
 
 @functools.cache
 def _function(library: Library, name: str, arguments: str) -> Any:
-    """A kernel that takes a shape, a range of units, and pointers (`p`) or numbers (`d`)."""
+    """A kernel that takes a shape, a range of units, and tensors (`p`) or numbers (`d`)."""
     function = library[name]
     kinds: dict[str, Any] = {"p": ctypes.c_void_p, "d": ctypes.c_double}
     function.argtypes = [kinds["p"], ctypes.c_int64, ctypes.c_int64, *(kinds[a] for a in arguments)]
     return function
 
 
-def call(name: str, shape: ctypes.Structure, units: int, *arguments: Tensor | Sequence[Tensor] | float | None) -> None:
-    """Run a kernel on units 0..units-1, split among torch's threads.
-
-    Args:
-        name: of the kernel.
-        shape: its first argument.
-        units: their number.
-        arguments: the rest: tensors (the first is one), lists of tensors, numbers, or None for no tensor.
+def call(name: str, shape: ctypes.Structure, units: int, *arguments: Tensor | float) -> None:
+    """Run a kernel on units 0..units-1, split among torch's threads. The first argument is a tensor.
 
     Raises:
-        MemoryError: the kernel found no memory for its scratch space.
+        MemoryError: a kernel found no memory for its scratch space.
     """
     first = arguments[0]
     assert isinstance(first, Tensor)
-    values: list[Any] = []
-    kinds = ""
-    for a in arguments:
-        if isinstance(a, Tensor):
-            values.append(a.data_ptr())
-        elif isinstance(a, float) or a is None:
-            values.append(a)
-        else:
-            values.append((ctypes.c_void_p * len(a))(*(t.data_ptr() for t in a)))
-        kinds += "d" if isinstance(a, float) else "p"
+    kinds = "".join("p" if isinstance(a, Tensor) else "d" for a in arguments)
     kernel = _function(_library(first.dtype), name, kinds)
     where = ctypes.addressof(shape)
+    values = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
     threads = min(torch.get_num_threads(), units)
     if threads == 1:
         failed = kernel(where, 0, units, *values)

@@ -32,34 +32,14 @@ struct Block {
 
 #define ALWAYS static inline __attribute__((always_inline))
 
-// The first k lanes; all of them wherever k is a constant.
-#ifdef __AVX512F__
-#include <immintrin.h>
-ALWAYS __m512 load_part(const float *p, unsigned mask) { return _mm512_maskz_loadu_ps((__mmask16)mask, p); }
-ALWAYS __m512d load_part(const double *p, unsigned mask) { return _mm512_maskz_loadu_pd((__mmask8)mask, p); }
-ALWAYS void store_part(float *p, __m512 v, unsigned mask) { _mm512_mask_storeu_ps(p, (__mmask16)mask, v); }
-ALWAYS void store_part(double *p, __m512d v, unsigned mask) { _mm512_mask_storeu_pd(p, (__mmask8)mask, v); }
-ALWAYS vec load(const REAL *p, int k) {
-    vec v;
-    if (k != LANES) return (vec)load_part(p, (1u << k) - 1);
-    std::memcpy(&v, p, sizeof v);
-    return v;
-}
-ALWAYS void store(REAL *p, vec v, int k) {
-    if (k != LANES)
-        store_part(p, v, (1u << k) - 1);
-    else
-        std::memcpy(p, &v, sizeof v);
-}
-#else
 ALWAYS vec load(const REAL *p, int k) {
     vec v = {};
     std::memcpy(&v, p, k * sizeof(REAL));
     return v;
 }
 ALWAYS void store(REAL *p, vec v, int k) { std::memcpy(p, &v, k * sizeof(REAL)); }
-#endif
 #ifdef __AVX512F__
+#include <immintrin.h>
 ALWAYS __m512i widen(__m128i v, int32_t) { return _mm512_cvtepu8_epi32(v); }
 ALWAYS __m512i widen(__m128i v, int64_t) { return _mm512_cvtepu8_epi64(v); }
 ALWAYS __m128i narrow(__m512i v, int32_t) { return _mm512_cvtepi32_epi8(v); }
@@ -732,10 +712,10 @@ extern "C" int conv_forward(const Conv *p, int64_t first, int64_t last, const RE
     return 0;
 }
 
-// The transpose of a rows x columns part of a LANES x LANES square, by exchanging ever smaller parts of pairs of rows.
-ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row, int rows, int columns) {
+// A square of LANES x LANES, by exchanging ever larger parts of pairs of rows.
+ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row) {
     vec v[LANES];
-    for (int r = 0; r < LANES; r++) v[r] = r < rows ? load(from + r * from_row, columns) : vec{};
+    for (int r = 0; r < LANES; r++) v[r] = load(from + r * from_row, LANES);
     for (int half = LANES / 2; half; half /= 2) {
         ivec low, high;
         for (int l = 0; l < LANES; l++) {
@@ -749,20 +729,21 @@ ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64
                 v[r + half] = __builtin_shuffle(a, b, high);
             }
     }
-    for (int r = 0; r < LANES; r++)
-        if (r < columns) store(to + r * to_row, v[r], rows);
+    for (int r = 0; r < LANES; r++) store(to + r * to_row, v[r], LANES);
 }
 
-// [rows][columns] to [columns][rows]
-static void transpose(const REAL *from, int64_t rows, int64_t columns, REAL *to) {
-    for (int64_t i = 0; i < rows; i += LANES)
-        for (int64_t o = 0; o < columns; o += LANES) {
-            if (i + LANES <= rows && o + LANES <= columns)
-                transpose_square(from + i * columns + o, columns, to + o * rows + i, rows, LANES, LANES);
-            else
-                transpose_square(from + i * columns + o, columns, to + o * rows + i, rows,
-                                 (int)(rows - i < LANES ? rows - i : LANES), (int)(columns - o < LANES ? columns - o : LANES));
-        }
+// [9][inputs][outputs] to [9][outputs][inputs]
+ALWAYS void transpose(const REAL *w, int64_t inputs, int64_t outputs, REAL *out) {
+    const int64_t whole_i = inputs / LANES * LANES, whole_o = outputs / LANES * LANES;
+    for (int tap = 0; tap < 9; tap++) {
+        const REAL *from = w + tap * inputs * outputs;
+        REAL *to = out + tap * inputs * outputs;
+        for (int64_t i = 0; i < whole_i; i += LANES)
+            for (int64_t o = 0; o < whole_o; o += LANES)
+                transpose_square(from + i * outputs + o, outputs, to + o * inputs + i, inputs);
+        for (int64_t i = 0; i < inputs; i++)
+            for (int64_t o = i < whole_i ? whole_o : 0; o < outputs; o++) to[o * inputs + i] = from[i * outputs + o];
+    }
 }
 
 extern "C" int conv_data(const Conv *p, int64_t first, int64_t last, const REAL *g, const REAL *w, REAL *dx) {
@@ -770,10 +751,7 @@ extern "C" int conv_data(const Conv *p, int64_t first, int64_t last, const REAL 
     Scratch turned(9 * p->inputs * p->outputs);
     if (!pairs.memory || !turned.memory) return 1;
     for (int64_t t = first; t < last; t++) {
-        const int64_t size = p->inputs * p->outputs;
-        if (t == first || p->w_task)
-            for (int tap = 0; tap < 9; tap++)
-                transpose(w + t * p->w_task + tap * size, p->inputs, p->outputs, turned.memory + tap * size);
+        if (t == first || p->w_task) transpose(w + t * p->w_task, p->inputs, p->outputs, turned.memory);
         convolve(*p, pairs, true, g + t * p->y.task, turned.memory, p->outputs, p->inputs, dx + t * p->x.task);
     }
     return 0;
@@ -849,183 +827,4 @@ extern "C" int conv_worthwhile() {
 #else
     return 0;
 #endif
-}
-
-// ---- a chain of affine maps, each followed by ReLU (the last one only if `last`) -------------------------------------
-//
-// Small networks are bound by the number of operators, not by arithmetic: the chain is one operator, its derivative one,
-// and the derivative of that one. Weights are [outputs][inputs] as PyTorch has them.
-
-constexpr int MOST_LAYERS = 8;
-
-struct Chain {
-    int64_t tasks, n, layers, last;
-    int64_t width[MOST_LAYERS + 1];
-    int64_t w_task[MOST_LAYERS], b_task[MOST_LAYERS];  // strides between tasks
-};
-
-// c [rows][columns] = (add ? c : 0) + a b, a's entries at strides of its own
-template <int R>
-ALWAYS void product_rows(int64_t inner, int64_t columns, const REAL *a, int64_t a_row, int64_t a_inner, const REAL *b,
-                         int64_t b_row, REAL *c, int64_t c_row, bool add) {
-    int64_t o = 0;
-    for (; o + 2 * LANES <= columns; o += 2 * LANES) {
-        vec acc[R][2];
-        for (int r = 0; r < R; r++)
-            for (int u = 0; u < 2; u++) acc[r][u] = add ? load(c + r * c_row + o + u * LANES, LANES) : vec{};
-        for (int64_t i = 0; i < inner; i++)
-            for (int u = 0; u < 2; u++) {
-                const vec v = load(b + i * b_row + o + u * LANES, LANES);
-                for (int r = 0; r < R; r++) acc[r][u] += a[r * a_row + i * a_inner] * v;
-            }
-        for (int r = 0; r < R; r++)
-            for (int u = 0; u < 2; u++) store(c + r * c_row + o + u * LANES, acc[r][u], LANES);
-    }
-    for (; o < columns; o += LANES) {
-        const int k = columns - o < LANES ? (int)(columns - o) : LANES;
-        vec acc[R];
-        for (int r = 0; r < R; r++) acc[r] = add ? load(c + r * c_row + o, k) : vec{};
-        for (int64_t i = 0; i < inner; i++) {
-            const vec v = load(b + i * b_row + o, k);
-            for (int r = 0; r < R; r++) acc[r] += a[r * a_row + i * a_inner] * v;
-        }
-        for (int r = 0; r < R; r++) store(c + r * c_row + o, acc[r], k);
-    }
-}
-
-static void product(int64_t rows, int64_t inner, int64_t columns, const REAL *a, int64_t a_row, int64_t a_inner,
-                    const REAL *b, int64_t b_row, REAL *c, int64_t c_row, bool add) {
-    int64_t r = 0;
-    for (; r + 8 <= rows; r += 8)
-        product_rows<8>(inner, columns, a + r * a_row, a_row, a_inner, b, b_row, c + r * c_row, c_row, add);
-    for (; r + 2 <= rows; r += 2)
-        product_rows<2>(inner, columns, a + r * a_row, a_row, a_inner, b, b_row, c + r * c_row, c_row, add);
-    for (; r < rows; r++)
-        product_rows<1>(inner, columns, a + r * a_row, a_row, a_inner, b, b_row, c + r * c_row, c_row, add);
-}
-
-// where the activations of layer l (1..layers - 1, n rows each) lie in a task's part of the buffer
-ALWAYS int64_t place(const Chain &p, int64_t l) {
-    int64_t at = 0;
-    for (int64_t i = 1; i < l; i++) at += p.n * p.width[i];
-    return at;
-}
-
-ALWAYS int64_t widest(const Chain &p) {
-    int64_t most = 0, product = 0;
-    for (int64_t l = 0; l < p.layers; l++) {
-        if (p.width[l] * p.width[l + 1] > product) product = p.width[l] * p.width[l + 1];
-        if (p.width[l] > most) most = p.width[l];
-    }
-    return product > p.n * most ? product : p.n * most;
-}
-
-// inner [tasks][place(layers)] receives the activations between the layers, y the last ones.
-extern "C" int chain_forward(const Chain *c, int64_t first, int64_t last, const REAL *x, const REAL *const *w,
-                             const REAL *const *b, REAL *inner, REAL *y) {
-    const Chain &p = *c;
-    Scratch turned(widest(p));
-    if (!turned.memory) return 1;
-    for (int64_t t = first; t < last; t++) {
-        const REAL *from = x + t * p.n * p.width[0];
-        for (int64_t l = 0; l < p.layers; l++) {
-            const int64_t in = p.width[l], out = p.width[l + 1];
-            REAL *to = l + 1 < p.layers ? inner + t * place(p, p.layers) + place(p, l + 1) : y + t * p.n * out;
-            const REAL *bias = b[l] + t * p.b_task[l];
-            transpose(w[l] + t * p.w_task[l], out, in, turned.memory);
-            for (int64_t e = 0; e < p.n; e++) std::memcpy(to + e * out, bias, out * sizeof(REAL));
-            product(p.n, in, out, from, in, 1, turned.memory, out, to, out, true);
-            if (l + 1 < p.layers || p.last)
-                for (int64_t i = 0; i < p.n * out; i++) to[i] = to[i] <= 0 ? 0 : to[i];  // NaN stays
-            from = to;
-        }
-    }
-    return 0;
-}
-
-// delta like `inner`, last_delta like y: derivatives in the affine maps' outputs. dx may be null.
-extern "C" int chain_backward(const Chain *c, int64_t first, int64_t last, const REAL *g, const REAL *x,
-                              const REAL *const *w, const REAL *inner, const REAL *y, REAL *delta, REAL *last_delta,
-                              REAL *dx, REAL *const *dw, REAL *const *db) {
-    const Chain &p = *c;
-    for (int64_t t = first; t < last; t++) {
-        const int64_t size = p.n * p.width[p.layers];
-        REAL *d = last_delta + t * size;
-        for (int64_t i = 0; i < size; i++) d[i] = p.last && y[t * size + i] <= 0 ? 0 : g[t * size + i];
-        for (int64_t l = p.layers - 1; l >= 0; l--) {
-            const int64_t in = p.width[l], out = p.width[l + 1];
-            const int64_t at = t * place(p, p.layers) + place(p, l);
-            const REAL *from = l ? inner + at : x + t * p.n * in;
-            product(out, p.n, in, d, 1, out, from, in, dw[l] + t * out * in, in, false);
-            REAL *bias = db[l] + t * out;
-            std::memset(bias, 0, out * sizeof(REAL));
-            for (int64_t e = 0; e < p.n; e++)
-                for (int64_t o = 0; o < out; o++) bias[o] += d[e * out + o];
-            if (!l && !dx) break;
-            REAL *to = l ? delta + at : dx + t * p.n * in;
-            product(p.n, out, in, d, out, 1, w[l] + t * p.w_task[l], in, to, in, false);
-            if (l)
-                for (int64_t i = 0; i < p.n * in; i++) to[i] = from[i] <= 0 ? 0 : to[i];
-            d = to;
-        }
-    }
-    return 0;
-}
-
-// Cotangents cx (may be null), cw, cb of (dx, dw, db) to (to_g, to_x, to_w, to_b): a pass forward along the cotangents and
-// a pass back. to_x may be null. cw and cb are dense.
-extern "C" int chain_twice(const Chain *c, int64_t first, int64_t last, const REAL *x, const REAL *cx,
-                           const REAL *const *cw, const REAL *const *cb, const REAL *const *w, const REAL *inner, const REAL *y,
-                           const REAL *delta, const REAL *last_delta, REAL *to_g, REAL *to_x, REAL *const *to_w,
-                           REAL *const *to_b) {
-    const Chain &p = *c;
-    const int64_t most = widest(p), all = place(p, p.layers);
-    Scratch turned(most), moved(all + 1), back(2 * most);
-    if (!turned.memory || !moved.memory || !back.memory) return 1;
-    for (int64_t t = first; t < last; t++) {
-        const REAL *from = x + t * p.n * p.width[0], *along = cx ? cx + t * p.n * p.width[0] : nullptr;
-        for (int64_t l = 0; l < p.layers; l++) {
-            const int64_t in = p.width[l], out = p.width[l + 1];
-            const bool end = l + 1 == p.layers;
-            REAL *to = end ? to_g + t * p.n * out : moved.memory + place(p, l + 1);
-            const REAL *value = end ? y + t * p.n * out : inner + t * all + place(p, l + 1);
-            for (int64_t e = 0; e < p.n; e++) std::memcpy(to + e * out, cb[l] + t * out, out * sizeof(REAL));
-            transpose(cw[l] + t * out * in, out, in, turned.memory);
-            product(p.n, in, out, from, in, 1, turned.memory, out, to, out, true);
-            if (along) {
-                transpose(w[l] + t * p.w_task[l], out, in, turned.memory);
-                product(p.n, in, out, along, in, 1, turned.memory, out, to, out, true);
-            }
-            if (!end || p.last)
-                for (int64_t i = 0; i < p.n * out; i++) to[i] = value[i] <= 0 ? 0 : to[i];
-            from = value;
-            along = to;
-        }
-        REAL *d2 = nullptr;  // what delta moves by
-        for (int64_t l = p.layers - 1; l >= 0; l--) {
-            const int64_t in = p.width[l], out = p.width[l + 1];
-            const REAL *d = l + 1 < p.layers ? delta + t * all + place(p, l + 1) : last_delta + t * p.n * out;
-            const REAL *value = l ? inner + t * all + place(p, l) : x + t * p.n * in;
-            const REAL *step = l ? moved.memory + place(p, l) : cx ? cx + t * p.n * in : nullptr;
-            REAL *weight = to_w[l] + t * out * in, *bias = to_b[l] + t * out;
-            std::memset(bias, 0, out * sizeof(REAL));
-            if (step)
-                product(out, p.n, in, d, 1, out, step, in, weight, in, false);
-            else
-                std::memset(weight, 0, out * in * sizeof(REAL));
-            if (d2) {
-                product(out, p.n, in, d2, 1, out, value, in, weight, in, true);
-                for (int64_t e = 0; e < p.n; e++)
-                    for (int64_t o = 0; o < out; o++) bias[o] += d2[e * out + o];
-            }
-            if (!l && !to_x) break;
-            REAL *to = l ? back.memory + (l % 2) * most : to_x + t * p.n * in;
-            product(p.n, out, in, d, out, 1, cw[l] + t * out * in, in, to, in, false);
-            if (d2) product(p.n, out, in, d2, out, 1, w[l] + t * p.w_task[l], in, to, in, true);
-            if (l)
-                for (int64_t i = 0; i < p.n * in; i++) to[i] = value[i] <= 0 ? 0 : to[i];
-            d2 = to;
-        }
-    }
-    return 0;
 }
