@@ -32,14 +32,34 @@ struct Block {
 
 #define ALWAYS static inline __attribute__((always_inline))
 
+// The first k lanes; all of them wherever k is a constant.
+#ifdef __AVX512F__
+#include <immintrin.h>
+ALWAYS __m512 load_part(const float *p, unsigned mask) { return _mm512_maskz_loadu_ps((__mmask16)mask, p); }
+ALWAYS __m512d load_part(const double *p, unsigned mask) { return _mm512_maskz_loadu_pd((__mmask8)mask, p); }
+ALWAYS void store_part(float *p, __m512 v, unsigned mask) { _mm512_mask_storeu_ps(p, (__mmask16)mask, v); }
+ALWAYS void store_part(double *p, __m512d v, unsigned mask) { _mm512_mask_storeu_pd(p, (__mmask8)mask, v); }
+ALWAYS vec load(const REAL *p, int k) {
+    vec v;
+    if (k != LANES) return (vec)load_part(p, (1u << k) - 1);
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+ALWAYS void store(REAL *p, vec v, int k) {
+    if (k != LANES)
+        store_part(p, v, (1u << k) - 1);
+    else
+        std::memcpy(p, &v, sizeof v);
+}
+#else
 ALWAYS vec load(const REAL *p, int k) {
     vec v = {};
     std::memcpy(&v, p, k * sizeof(REAL));
     return v;
 }
 ALWAYS void store(REAL *p, vec v, int k) { std::memcpy(p, &v, k * sizeof(REAL)); }
+#endif
 #ifdef __AVX512F__
-#include <immintrin.h>
 ALWAYS __m512i widen(__m128i v, int32_t) { return _mm512_cvtepu8_epi32(v); }
 ALWAYS __m512i widen(__m128i v, int64_t) { return _mm512_cvtepu8_epi64(v); }
 ALWAYS __m128i narrow(__m512i v, int32_t) { return _mm512_cvtepi32_epi8(v); }
@@ -712,10 +732,10 @@ extern "C" int conv_forward(const Conv *p, int64_t first, int64_t last, const RE
     return 0;
 }
 
-// A square of LANES x LANES, by exchanging ever larger parts of pairs of rows.
-ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row) {
+// The transpose of a rows x columns part of a LANES x LANES square, by exchanging ever smaller parts of pairs of rows.
+ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row, int rows, int columns) {
     vec v[LANES];
-    for (int r = 0; r < LANES; r++) v[r] = load(from + r * from_row, LANES);
+    for (int r = 0; r < LANES; r++) v[r] = r < rows ? load(from + r * from_row, columns) : vec{};
     for (int half = LANES / 2; half; half /= 2) {
         ivec low, high;
         for (int l = 0; l < LANES; l++) {
@@ -729,21 +749,20 @@ ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64
                 v[r + half] = __builtin_shuffle(a, b, high);
             }
     }
-    for (int r = 0; r < LANES; r++) store(to + r * to_row, v[r], LANES);
+    for (int r = 0; r < LANES; r++)
+        if (r < columns) store(to + r * to_row, v[r], rows);
 }
 
-// [9][inputs][outputs] to [9][outputs][inputs]
-ALWAYS void transpose(const REAL *w, int64_t inputs, int64_t outputs, REAL *out) {
-    const int64_t whole_i = inputs / LANES * LANES, whole_o = outputs / LANES * LANES;
-    for (int tap = 0; tap < 9; tap++) {
-        const REAL *from = w + tap * inputs * outputs;
-        REAL *to = out + tap * inputs * outputs;
-        for (int64_t i = 0; i < whole_i; i += LANES)
-            for (int64_t o = 0; o < whole_o; o += LANES)
-                transpose_square(from + i * outputs + o, outputs, to + o * inputs + i, inputs);
-        for (int64_t i = 0; i < inputs; i++)
-            for (int64_t o = i < whole_i ? whole_o : 0; o < outputs; o++) to[o * inputs + i] = from[i * outputs + o];
-    }
+// [rows][columns] to [columns][rows]
+static void transpose(const REAL *from, int64_t rows, int64_t columns, REAL *to) {
+    for (int64_t i = 0; i < rows; i += LANES)
+        for (int64_t o = 0; o < columns; o += LANES) {
+            if (i + LANES <= rows && o + LANES <= columns)
+                transpose_square(from + i * columns + o, columns, to + o * rows + i, rows, LANES, LANES);
+            else
+                transpose_square(from + i * columns + o, columns, to + o * rows + i, rows,
+                                 (int)(rows - i < LANES ? rows - i : LANES), (int)(columns - o < LANES ? columns - o : LANES));
+        }
 }
 
 extern "C" int conv_data(const Conv *p, int64_t first, int64_t last, const REAL *g, const REAL *w, REAL *dx) {
@@ -751,7 +770,10 @@ extern "C" int conv_data(const Conv *p, int64_t first, int64_t last, const REAL 
     Scratch turned(9 * p->inputs * p->outputs);
     if (!pairs.memory || !turned.memory) return 1;
     for (int64_t t = first; t < last; t++) {
-        if (t == first || p->w_task) transpose(w + t * p->w_task, p->inputs, p->outputs, turned.memory);
+        const int64_t size = p->inputs * p->outputs;
+        if (t == first || p->w_task)
+            for (int tap = 0; tap < 9; tap++)
+                transpose(w + t * p->w_task + tap * size, p->inputs, p->outputs, turned.memory + tap * size);
         convolve(*p, pairs, true, g + t * p->y.task, turned.memory, p->outputs, p->inputs, dx + t * p->x.task);
     }
     return 0;
