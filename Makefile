@@ -56,7 +56,7 @@ test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIG
 test-slurm: $(STAMP) ## The tests that need a SLURM cluster
 	@$(BIN)/python -m pytest -q -m slurm $(PYTEST_ARGS)
 
-bench: bench-peers ## Time meta-steps, ours and every peer's: about 25 minutes; ARGS= as for metalearn bench
+bench: bench-peers ## Time meta-steps, ours and every peer's: about half an hour
 	@$(BIN)/metalearn bench $(ARGS)
 
 bench-quick: PEERS = learn2learn

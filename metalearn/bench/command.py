@@ -22,6 +22,8 @@ from metalearn.bench.workloads import WORKLOADS
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
+WAITING = ("W1", "W1q", "W4", "W4k5")
+"""Workloads that are measured with passive waiting too, unless it is asked for."""
 QUICK = {"workloads": "W1,W4", "peers": "learn2learn,vmap,vmap8", "minutes": 2.0}
 
 DESCRIPTION = """Time meta-steps, ours and those of other libraries, in interleaved rounds.
@@ -42,12 +44,15 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help="W1 and W4 beside learn2learn and vmap, under three minutes")
     p.add_argument("--workloads", metavar="NAMES", help=f"of {', '.join(WORKLOADS)}; default all")
     peers = [name for name in IMPLEMENTATIONS if name != OURS]
-    p.add_argument("--peers", metavar="NAMES", help=f"of {', '.join(peers)}, or none; default all")
+    p.add_argument("--peers", metavar="NAMES", help=f"of {', '.join(peers)}, or none; default all but loop")
     p.add_argument("--threads", metavar="NUMBERS", help="default 1 and 2 (as far as there are cores)")
-    p.add_argument("--wait", metavar="POLICIES", help="of default, passive (of OpenMP's idle threads); default both")
+    wait = f"of default, passive (of OpenMP's idle threads); by default passive for {', '.join(WAITING)} only"
+    p.add_argument("--wait", metavar="POLICIES", help=wait)
     p.add_argument("--rounds", type=int, default=9, metavar="N", help="at most, of a workload and setting; default 9")
-    p.add_argument("--minutes", type=float, metavar="M", help="for rounds beyond the second of each; default 8")
-    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default auto")
+    p.add_argument(
+        "--minutes", type=float, metavar="M", help="for further rounds than two of each workload and setting; default 5"
+    )
+    p.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: a GPU if there is one")
     p.add_argument("--folder", metavar="PATH", help="default outputs/bench/<date and time>")
     p.add_argument("--list", action="store_true", help="print workloads and implementations, and measure nothing")
     return p
@@ -59,9 +64,10 @@ def main(arguments: Sequence[str]) -> int:
     defaults: dict[str, Any] = QUICK if options.quick else {}
     workloads = _chosen("--workloads", options.workloads or defaults.get("workloads"), list(WORKLOADS))
     available = [name for name in IMPLEMENTATIONS if name != OURS]
-    peers = _chosen("--peers", options.peers or defaults.get("peers"), [*available, "none"], available)
+    usual = [name for name in available if not IMPLEMENTATIONS[name].optional]
+    peers = _chosen("--peers", options.peers or defaults.get("peers"), [*available, "none"], usual)
     implementations = [IMPLEMENTATIONS[name] for name in (OURS, *peers) if name != "none"]
-    minutes = defaults.get("minutes", 8.0) if options.minutes is None else options.minutes
+    minutes = defaults.get("minutes", 5.0) if options.minutes is None else options.minutes
     if options.rounds < 1:
         raise BadInput(f"bench: --rounds {options.rounds}: must be at least 1")
     if options.list:
@@ -79,9 +85,9 @@ def main(arguments: Sequence[str]) -> int:
         bench = Bench(log, implementations, device, options.rounds, budget, errors, say=_progress)
         header = _header(implementations, device)
         for setting in settings:
-            for name in workloads:
-                _progress(f"{name}, {setting}")
-                bench.measure(setting, [WORKLOADS[name]])
+            passive = setting.wait == "passive" and not options.wait
+            names = [name for name in workloads if name in WAITING or not passive]
+            for _ in bench.measure(setting, [WORKLOADS[name] for name in names]):
                 _write(folder, header, log)
     for line in report.verdicts(report.summary(log.records)):
         print(line)

@@ -17,7 +17,9 @@ OURS = "metalearn"
 
 GRADIENT = ("maml", "fomaml")
 MAPPED = (*GRADIENT, "anil", "protonet")
+LOOPED = (*GRADIENT, "reptile", "protonet")
 ALL = (*MAPPED, "reptile")
+SMALL = ("W1", "W4", "W4k5")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,10 @@ class Implementation:
         title: what it is.
         module, variant: what the worker loads.
         environment: name of its environment under `.bench/`; empty for the project's own, which has PyTorch.
-        forms: algorithms that it has an idiom for.
+        forms, nets: algorithms and networks that it has an idiom for.
         preload: modules that the worker imports before it forks.
+        only: workloads that it is measured on; empty for all.
+        optional: whether it is left out unless it is asked for.
     """
 
     name: str
@@ -40,10 +44,15 @@ class Implementation:
     environment: str = ""
     forms: tuple[str, ...] = GRADIENT
     preload: tuple[str, ...] = ("torch",)
+    nets: tuple[str, ...] = ("conv4", "mlp")
+    only: tuple[str, ...] = ()
+    optional: bool = False
 
-    def runs(self, workload: Workload) -> bool:
-        """Whether it has an idiom for the workload's algorithm."""
-        return workload.form in self.forms
+    def omits(self, workload: Workload) -> str | None:
+        """Why it is not measured on a workload, or None."""
+        if workload.form not in self.forms or workload.net not in self.nets:
+            return "n/a: no idiom for it"
+        return f"only measured on {', '.join(self.only)}" if self.only and workload.name not in self.only else None
 
     @property
     def python(self) -> Path:
@@ -56,7 +65,7 @@ class Implementation:
             return None
         state = CACHE / f"{self.environment}.json"
         if not state.is_file():
-            return f"not built: make bench-peers PEERS={self.environment}"
+            return f"not built (make bench-peers PEERS={self.environment})"
         error = json.loads(state.read_text()).get("error")
         return f"not built: {error}" if error else None
 
@@ -77,13 +86,15 @@ IMPLEMENTATIONS = {
         ),
         Implementation("learn2learn", "learn2learn", "peers.learn2learn", environment="learn2learn", forms=ALL),
         Implementation("higher", "higher", "peers.higher", environment="higher"),
-        Implementation("torchopt", "TorchOpt MetaSGD", "peers.torchopt", environment="torchopt"),
-        Implementation("torchmeta", "torchmeta modules", "peers.torchmeta", environment="torchmeta"),
-        Implementation("loop", "functional_call loop", "peers.plain", forms=(*GRADIENT, "reptile", "protonet")),
+        Implementation("torchopt", "TorchOpt MetaSGD", "peers.torchopt", environment="torchopt", forms=("maml",)),
+        Implementation("torchmeta", "torchmeta modules", "peers.torchmeta", environment="torchmeta", only=SMALL),
+        Implementation("loop", "functional_call loop", "peers.plain", forms=LOOPED, optional=True),
         Implementation("vmap", "torch.func vmap, all tasks at once", "peers.vmap", "0", forms=MAPPED),
         Implementation("vmap8", "torch.func vmap, chunks of 8", "peers.vmap", "8", forms=MAPPED),
-        Implementation("jax", "JAX jit + vmap", "peers.jax", "vmap", "jax", MAPPED, ("numpy",)),
-        Implementation("jax-tuned", "JAX jit + lax.map + im2col", "peers.jax", "map", "jax", MAPPED, ("numpy",)),
+        Implementation("jax", "JAX jit + vmap", "peers.jax", "vmap", "jax", MAPPED, ("numpy",), only=SMALL),
+        Implementation(
+            "jax-tuned", "JAX jit + lax.map + im2col", "peers.jax", "map", "jax", MAPPED, ("numpy",), ("conv4",)
+        ),
     )
 }
 """By name, in the order of tables; ours first."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from metalearn.bench.peers import ROOT, SCRIPTS
+from metalearn.bench.peers import CACHE, ROOT, SCRIPTS
 
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**30)}
 """Freed memory is reused instead of returned to the system, by all implementations (see `metalearn.memory`)."""
@@ -36,10 +36,12 @@ class Setting:
         env = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "GOMP_", "KMP_", "MKL_", "XLA_"))}
         n = str(self.threads)
         env |= MALLOC | {"OMP_NUM_THREADS": n, "MKL_NUM_THREADS": n, "OPENBLAS_NUM_THREADS": n, "NPROC": n}
+        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
         if self.wait == "passive":
             env["OMP_WAIT_POLICY"] = "passive"
         if self.threads == 1:
             env["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        env["JAX_COMPILATION_CACHE_DIR"] = str(CACHE / "jax-cache")
         env["PYTHONPATH"] = f"{SCRIPTS}{os.pathsep}{ROOT}"  # this checkout, whatever is installed
         return env
 
@@ -47,7 +49,7 @@ class Setting:
 class Worker:
     """A process that answers one line of JSON for each it gets (`scripts/bench/worker.py`)."""
 
-    def __init__(self, command: list[str], setting: Setting, log: IO[str], patience: float = 600.0):
+    def __init__(self, command: list[str], setting: Setting, log: IO[str], patience: float = 240.0):
         self.command, self.setting, self.log, self.patience = command, setting, log, patience
         self.process: subprocess.Popen[str] | None = None
         self.busy = False

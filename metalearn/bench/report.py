@@ -120,7 +120,7 @@ def table(header: Record, records: Sequence[Record]) -> str:
         lines += ["", f"## {name}", "", f"{workload.title}; {workload.flop() / 1e9:.3g} GFLOP a step"]
         for _, threads, wait in (c for c in cells if c[0] == name):
             here = [e for e in entries if (e["workload"], e["threads"], e["wait"]) == (name, threads, wait)]
-            lines += ["", f"### {name}, {Setting(threads, wait)}", "", *_rows(here, name)]
+            lines += ["", f"### {name}, {Setting(threads, wait)}", "", *_rows(here, name), *_load(records, here[0])]
     return "\n".join(lines) + "\n"
 
 
@@ -130,6 +130,13 @@ starts from the same parameters and tasks; before it is timed, its loss and oute
 compared with ours in float64 (error: relative, of the gradient). Peak MB is memory beyond data, parameters and
 libraries. All workers have the same environment: OpenMP's own waiting or `OMP_WAIT_POLICY=passive` (not the
 `GOMP_SPINCOUNT` that training runs set), `MALLOC_MMAP_MAX_=0` and a large `MALLOC_TRIM_THRESHOLD_`."""
+
+
+def _load(records: Sequence[Record], cell: Record) -> list[str]:
+    """What else the machine was doing."""
+    keys = ("workload", "threads", "wait")
+    loads = [r["load"] for r in records if r["kind"] == "began" and all(r[k] == cell[k] for k in keys)]
+    return ["", f"Load average before: {loads[-1]:.1f}"] if loads else []
 
 
 def _rows(entries: Sequence[Record], workload: str) -> list[str]:
@@ -155,8 +162,8 @@ def _rows(entries: Sequence[Record], workload: str) -> list[str]:
         )
     tried = {e["implementation"] for e in entries}
     for name, implementation in IMPLEMENTATIONS.items():
-        if name not in tried and not implementation.runs(WORKLOADS[workload]):
-            rows.append([implementation.title, "n/a: no idiom for it", *[""] * (len(COLUMNS) - 2)])
+        if name not in tried and (reason := implementation.omits(WORKLOADS[workload])):
+            rows.append([implementation.title, reason, *[""] * (len(COLUMNS) - 2)])
     rule = [":---", *["---:"] * (len(COLUMNS) - 1)]
     return ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in (rows[0], rule, *rows[1:])]
 

@@ -175,9 +175,11 @@ def make_arrays(workload: Workload, dtype: type = np.float32) -> Arrays:
 
 
 def _initial(rng: np.random.Generator, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Weights of variance 2 / fan-in; scales and offsets away from 1 and 0, so that a wrong use of them shows."""
+    """Xavier's weights (PyTorch's for linear layers); scales and offsets away from 1 and 0, so that misuse shows."""
     if name.endswith("norm.weight"):
         return rng.uniform(0.8, 1.2, shape)
     if len(shape) == 1:
         return 0.1 * rng.standard_normal(shape)
-    return rng.standard_normal(shape) * np.sqrt(2 / np.prod(shape[1:]))
+    if len(shape) == 2:
+        return rng.uniform(-1, 1, shape) / np.sqrt(shape[1])
+    return rng.standard_normal(shape) * np.sqrt(2 / (9 * (shape[0] + shape[1])))

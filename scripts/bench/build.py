@@ -21,6 +21,7 @@ from pathlib import Path
 CACHE = Path(__file__).resolve().parents[2] / ".bench"
 TORCH = os.environ.get("TORCH", "torch==2.13.0")
 NUMPY = "numpy==2.4.6"
+GPU = "[cuda12]" if Path("/dev/nvidiactl").exists() else ""
 
 # Installed one after the other, without looking at what they say they need: their own pins date from old releases of
 # PyTorch, and would replace it.
@@ -29,7 +30,7 @@ RECIPES: dict[str, list[list[str]]] = {
     "higher": [[TORCH], [NUMPY], ["--no-deps", "higher==0.2.1"]],
     "torchopt": [[TORCH], [NUMPY], ["graphviz==0.21", "optree==0.17.0"], ["--no-deps", "torchopt==0.7.3"]],
     "torchmeta": [[TORCH], [NUMPY], ["--no-deps", "torchmeta==1.8.0"]],
-    "jax": [["jax==0.7.2", "jaxlib==0.7.2", NUMPY]],
+    "jax": [[f"jax{GPU}==0.10.2", "jaxlib==0.10.2", NUMPY]],
 }
 SOURCES = {"learn2learn": ("learn2learn==0.2.0", ["cython==0.29.37", "setuptools==75.8.0", "wheel==0.45.1"])}
 """Copied from their source distribution without compiling: the C extensions do not build, and are not needed."""

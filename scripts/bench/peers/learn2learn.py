@@ -4,25 +4,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
-
 from torch import Tensor, nn
 
 from peers.networks import Subject, build_by_form
+from peers.parts import open_packages
 from peers.plain import ProtoNet, Reptile
 
-
-def _algorithms_alone() -> None:
-    """Let `learn2learn.algorithms.maml` be imported without its packages' __init__, which want gym and Lightning."""
-    root = importlib.util.find_spec("learn2learn").submodule_search_locations
-    for name, folder in (("learn2learn", root), ("learn2learn.algorithms", [f"{root[0]}/algorithms"])):
-        sys.modules[name] = types.ModuleType(name)
-        sys.modules[name].__path__ = folder
-
-
-_algorithms_alone()
+open_packages("learn2learn", "algorithms")  # its other packages want gym and Lightning
 from learn2learn.algorithms.maml import MAML as Wrapper  # noqa: E402
 
 

@@ -61,14 +61,20 @@ class Subject:
     def __init__(self, workload: dict, arrays: dict[str, np.ndarray], device: str, variant: str):
         self.workload, self.device, self.variant = workload, device, variant
         data = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
-        self.net = network(workload).to(device, data["support.x"].dtype)
-        self.net.load_state_dict({k[6:]: v for k, v in data.items() if k.startswith("param.")})
+        self.net = self.network().to(device, data["support.x"].dtype)
+        self.load({k[6:]: v for k, v in data.items() if k.startswith("param.")})
         self.alpha, self.steps, self.tasks = workload["alpha"], workload["steps"], workload["tasks"]
         self.xs, self.ys, self.xq, self.yq = (data[k] for k in ("support.x", "support.y", "query.x", "query.y"))
         self.rows = data.get("rows")
         self.criterion = F.mse_loss if workload["kind"] == "regression" else F.cross_entropy
         self.prepare()
         self.optimizer = torch.optim.Adam(self.net.parameters(), lr=workload["outer_lr"])
+
+    def network(self) -> nn.Module:
+        return network(self.workload)
+
+    def load(self, params: dict[str, Tensor]) -> None:
+        self.net.load_state_dict(params)
 
     def prepare(self) -> None:
         pass

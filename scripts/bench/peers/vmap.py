@@ -2,8 +2,9 @@
 
 VARIANT is the number of tasks in a chunk, 0 for all at once.
 
-Batch norm is written out, because F.batch_norm under vmap has a wrong second derivative (torch 2.13: the gradient of W1
-is 2.5 % off, in float64 too; without vmap it is exact). It is also a tenth faster than F.batch_norm here.
+Batch norm is written out, because the gradient of F.batch_norm in its scale, taken under vmap, has a wrong derivative
+in the input (torch 2.13: the outer gradient of W1 is 2.5 % off, in float64 too; without vmap it is exact). It is also
+a tenth faster than F.batch_norm here.
 """
 
 # ruff: noqa: D101, D102, D103
