@@ -15,10 +15,12 @@ from metalearn import parallel
 from metalearn.backbones import Backbone
 from metalearn.bn import RunningStatistics
 from metalearn.bn import predict as bn_predict
+from metalearn.compiled import Compiler
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.functional import Trajectory
 from metalearn.meta_gradient import MetaGradient, bad_tasks, meta_gradient
 from metalearn.ops import Normalization
+from metalearn.ops.layout import same_layout
 from metalearn.optim import OuterOptimizer, clipped
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
@@ -73,6 +75,7 @@ class MetaLearner(pl.LightningModule, ABC):
         self.meta_steps = 0
         self.rate = 0.0
         self.optimizer_state: dict[str, Any] | None = None
+        self.compiler: Compiler | None = None
         self.automatic_optimization = False
         self.watch(["batch"], "headline")
         if self.couples_tasks and self.regularizer.overrides("task_gradients"):
@@ -207,13 +210,13 @@ class MetaLearner(pl.LightningModule, ABC):
         for part in self.updates(batch):
             result = meta_gradient(self, part)
             self._guard(result, part)
-            grads = clipped(result.grads, self.outer_optimizer)
-            for parameter, grad in zip(self.parameters(), grads, strict=True):
-                # in the parameter's own layout: torch's fused Adam pairs memory, not entries (a channels-last gradient)
-                parameter.grad = torch.empty_like(parameter).copy_(grad)
+            grads = iter(clipped(result.grads, self.outer_optimizer))
             self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
+                for parameter in group["params"]:
+                    # in the parameter's own layout: torch's fused Adam pairs memory, not entries
+                    parameter.grad = same_layout(next(grads), parameter)
             optimizer.step()
             self.running.absorb(result.seen)
             self.absorb(result.state)

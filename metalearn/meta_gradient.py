@@ -40,10 +40,10 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
     """The gradient of `learner.outer` (plus the regularizer's penalty) over the tasks of all ranks."""
     regularizer = learner.regularizer
     episodes = regularizer.episodes(batch.episodes, batch.key)
-    if learner.couples_tasks:
-        grads, out = _coupled(learner, episodes, batch)
-    else:
-        grads, out = _separable(learner, episodes, batch)
+    work = _coupled if learner.couples_tasks else _separable
+    grads, out = (
+        learner.compiler(learner, work, episodes, batch) if learner.compiler else work(learner, episodes, batch)
+    )
     seen = task_mean(out.seen)
     state = {k: v.mean(0) for k, v in out.state.items()}
     if _ranks() > 1:
@@ -167,8 +167,10 @@ def _ranks() -> int:
 
 
 def _finite(grads: list[Tensor], loss: Tensor) -> bool:
-    flag = torch.stack([t.isfinite().all() for t in (*grads, loss)]).all().to(torch.int32)
+    largest = torch.stack(torch._foreach_norm([*grads, loss], float("inf")))  # NaN and infinity come through
+    flag = largest.isfinite().all()
     if _ranks() > 1:
+        flag = flag.to(torch.int32)
         dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 
 from metalearn.cells import Cell
+from metalearn.compiled import Compiler
 from metalearn.data import Episodes
 from metalearn.datasets.base import Dataset
 from metalearn.learner import Diverged, MetaLearner
@@ -52,7 +53,10 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
     )
     learner.initialize(config["seed"])
     learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])
-    return learner.to(DTYPES[trainer["precision"]])
+    learner.to(DTYPES[trainer["precision"]])
+    if trainer["compile"] != "never":
+        learner.compiler = Compiler(always=trainer["compile"] == "always")
+    return learner
 
 
 DTYPES = {"32": torch.float32, "64": torch.float64}

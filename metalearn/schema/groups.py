@@ -37,6 +37,12 @@ class Trainer:
     )
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
     chunk_mib: float = key(8.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
+    compile: str = key(
+        "auto",
+        "whether meta-steps are compiled (seconds to half a minute at the start): auto for long runs of tiny networks",
+        choices=("auto", "always", "never"),
+        touches="none",
+    )
     meta_steps_per_call: int = key(1, "meta-steps in one call of Lightning's training_step", ge=1, touches="none")
     log_every: int = key(10, "meta-steps between lines of metrics.jsonl", ge=1, touches="none")
     save_seconds: float = key(

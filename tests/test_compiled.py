@@ -1,0 +1,96 @@
+"""Compiled meta-steps: the plain ones, to rounding; and plain ones, with the reason, where they cannot be compiled."""
+
+import logging
+import shutil
+
+import oracles
+import pytest
+import torch
+from oracles import distance
+
+from metalearn.algorithms import MAML, Reptile
+from metalearn.compiled import TOLERANCE, Compiler
+from metalearn.meta_gradient import meta_gradient
+
+pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang++"))), reason="no C++ compiler")
+
+
+def sinusoid(algorithm, **options):
+    learner = oracles.build(
+        algorithm, oracles.MLP(input_shape=(2,), outputs=1, hidden=[4, 3]).double(), "regression", alpha=0.05, **options
+    )
+    return learner, oracles.meta_batch(oracles.curves(3, seed=1))
+
+
+@pytest.fixture
+def compiler(caplog):
+    caplog.set_level(logging.INFO, "metalearn.compiled")
+    return Compiler(always=True)
+
+
+def assert_same(learner, batch, compiler):
+    learner.compiler = None
+    plain = meta_gradient(learner, batch)
+    learner.compiler = compiler
+    compiled = meta_gradient(learner, batch)
+    assert distance(compiled.grads, plain.grads) < 1e-12 and distance([compiled.loss], [plain.loss]) < 1e-12
+
+
+def test_a_compiled_step_is_the_plain_one(compiler, caplog):
+    """And stays so for other tasks and after the parameters moved."""
+    learner, batch = sinusoid(MAML, inner_steps=2)
+    assert_same(learner, batch, compiler)
+    assert "are compiled" in caplog.text
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.mul_(1.1)
+    assert_same(learner, batch._replace(episodes=oracles.curves(3, seed=2)), compiler)
+    assert len(compiler.programs) == 1 and None not in compiler.programs.values()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"first_order": True}, {"adapted": "head"}, {"inner_steps": 5}], ids=str)
+def test_other_forms(options, compiler, caplog):
+    learner, batch = sinusoid(MAML, **{"inner_steps": 1, **options})
+    assert_same(learner, batch, compiler)
+    assert "are compiled" in caplog.text
+
+
+@pytest.mark.slow
+def test_draws_and_carried_state_are_inputs(compiler, caplog):
+    """Reptile draws minibatches by the task's coordinates and carries Adam's moments: neither may be frozen in."""
+    learner, batch = sinusoid(Reptile, inner_steps=3, inner_batch=2)
+    for step in (0, 1):
+        key = type(batch.key)(batch.key.key, batch.key.step + step, batch.key.task)
+        assert_same(learner, batch._replace(key=key), compiler)
+        for buffer in learner.buffers():
+            if buffer.is_floating_point():
+                buffer.add_(0.25)
+    assert "are compiled" in caplog.text
+
+
+def test_a_step_that_cannot_be_compiled_stays_plain(compiler, caplog, monkeypatch):
+    learner, batch = sinusoid(MAML, inner_steps=1)
+    loss = learner.loss
+    monkeypatch.setattr(learner, "loss", lambda p, y: loss(p, y) * (1.0 if float(y.sum()) == 0 else 2.0))
+    assert_same(learner, batch, compiler)
+    assert "meta-steps are not compiled" in caplog.text
+
+
+def test_a_wrong_program_is_not_used(compiler, caplog, monkeypatch):
+    monkeypatch.setattr(
+        torch._inductor, "compile", lambda graph, inputs, options: lambda *a: [2 * t for t in graph(*a)]
+    )
+    learner, batch = sinusoid(MAML, inner_steps=1)
+    assert_same(learner, batch, compiler)
+    assert "differs from the plain one" in caplog.text
+
+
+def test_only_long_runs_of_tiny_networks_are_compiled(caplog):
+    caplog.set_level(logging.INFO, "metalearn.compiled")
+    learner, batch = sinusoid(MAML, inner_steps=1)
+    learner.max_steps = 100
+    learner.compiler = Compiler(always=False)
+    meta_gradient(learner, batch)
+    assert list(learner.compiler.programs.values()) == [None] and not caplog.text
+    assert set(TOLERANCE) == {torch.float32, torch.float64}
