@@ -116,15 +116,23 @@ def test_distance_is_relative_and_sees_what_is_missing():
 
 def records() -> list[dict]:
     cell = {"workload": "W1", "threads": 2, "wait": "default"}
-    found = [{"kind": "began", **cell, "load": 0.25}, {"kind": "peak", **cell, "flop": 1e9}]
+    found = [{"kind": "peak", **cell, "flop": 1e9}]
     for name, seconds in ((OURS, 0.1), ("learn2learn", 0.3)):
         found.append({"kind": "check", "workload": "W1", "implementation": name, "gradient_error": 1e-15})
         found.append({"kind": "first", **cell, "implementation": name, "peak_bytes": 5_000_000, "heavy": False})
         for r in range(3):
-            sample = {"seconds": seconds * (1 + r), "cpu_seconds": 2 * seconds * (1 + r), "round": r}
+            sample = {"seconds": seconds * (1 + r), "cpu_seconds": 2 * seconds * (1 + r), "round": r, "others": 0.4}
             found.append({"kind": "sample", **cell, "implementation": name, **sample})
     found.append(
-        {"kind": "sample", **cell, "implementation": "peak", "round": 0, "seconds": 0.002, "cpu_seconds": 0.004}
+        {
+            "kind": "sample",
+            **cell,
+            "implementation": "peak",
+            "round": 0,
+            "seconds": 0.002,
+            "cpu_seconds": 0.004,
+            "others": 0.4,
+        }
     )
     return [*found, {"kind": "error", **cell, "implementation": "higher", "error": "not built: no | compiler"}]
 
@@ -145,8 +153,10 @@ def test_table_has_a_row_for_everyone_and_says_what_failed():
     cells = {row[0].strip(): [c.strip() for c in row[1:]] for row in rows}
     assert cells["learn2learn"][0] == "600 [450, 750]" and cells["learn2learn"][3] == "3.00 [3.00, 3.00]"
     assert cells["higher"][0] == "not built: no / compiler"
-    assert "W1: speed over learn2learn's: 3.00 (3.00-3.00; CPU time 3.00) at 2 threads" in text
-    assert "500 GFLOP/s" in text and "Load average before: 0.2" in text
+    assert (
+        "W1: speed over learn2learn's: 3.00 (3.00-3.00; CPU time 3.00; other work took 0.4 cores) at 2 threads" in text
+    )
+    assert "500 GFLOP/s" in text and "Other work took 0.4 cores meanwhile" in text
 
 
 def test_chart_is_an_xml_picture_with_a_bar_for_each():
@@ -260,7 +270,7 @@ def test_our_worker_answers(workers, tmp_path):
     assert first["loss"] == pytest.approx(subject.loss(), rel=1e-5) and first["peak_bytes"] is None
     with np.load(tmp_path / "g.npz") as file:
         assert {k: file[k].shape for k in file} == TINY.shapes()
-    assert 0 < timed["seconds"] < 10 and timed["cpu_seconds"] > 0
+    assert 0 < timed["seconds"] < 10 and timed["cpu_seconds"] > 0 and timed["others"] >= 0
     with pytest.raises(WorkerError, match="FileNotFoundError"):
         worker.open(TINY.as_dict(), tmp_path / "nothing.npz", "cpu")
     assert worker.open(TINY.as_dict(), tmp_path / "a.npz", "cpu")["loss"] > 0  # an error ends the workload alone

@@ -74,9 +74,11 @@ class Worker:
         return self.ask(request)
 
     def run(self, steps: int) -> dict[str, float]:
-        """Time some steps: `seconds` and `cpu_seconds` of one."""
+        """Time some steps: `seconds` and `cpu_seconds` of one, and how many cores `others` used meanwhile."""
+        before = busy_seconds()
         answer = self.ask({"steps": steps})
-        return {k: answer[k] / steps for k in ("seconds", "cpu_seconds")}
+        others = (busy_seconds() - before - answer["cpu_seconds"]) / answer["seconds"]
+        return {k: answer[k] / steps for k in ("seconds", "cpu_seconds")} | {"others": max(0.0, others)}
 
     def close(self) -> None:
         """End the workload; its memory is free again."""
@@ -127,6 +129,16 @@ class Worker:
                     pipe.close()
                 except OSError:
                     pass
+
+
+def busy_seconds() -> float:
+    """CPU time that the whole machine has spent at work, or lost to others on its host; 0 where it does not say."""
+    try:
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    except OSError:
+        return 0.0
+    user, nice, system, _, _, irq, softirq, steal = map(int, fields[:8])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 def _children(pid: int) -> list[int]:

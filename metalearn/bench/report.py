@@ -14,13 +14,17 @@ from metalearn.bench.workloads import WORKLOADS
 Record = dict[str, Any]
 
 
+BUSY = 0.2
+"""Cores taken by other work from which a report says so."""
+
+
 def summary(records: Sequence[Record]) -> list[Record]:
     """One entry for each workload, setting and implementation that was tried.
 
     `ms` and `cpu_ms` of a step, `ratio` and `cpu_ratio` (its time over ours in the same round) are `{median, low,
     high, n}` with the quartiles; `tasks_per_second`; `share` of the convolution peak, the best that any round of the
-    setting reached; `peak_mb`; `gradient_error` against ours, of the check in float64; `error` instead of all that
-    where it failed.
+    setting reached; `peak_mb`; `gradient_error` against ours, of the check in float64; `others`: cores that other work
+    took meanwhile, by the median over all samples; `error` instead of all that where it failed.
     """
     cells = {(r["workload"], r["threads"], r["wait"]): None for r in records if "threads" in r}
     found = []
@@ -28,12 +32,14 @@ def summary(records: Sequence[Record]) -> list[Record]:
         mine = [r for r in records if (r.get("workload"), r.get("threads"), r.get("wait")) == (workload, threads, wait)]
         peak = _peak(records, threads, wait)
         ours = _seconds(mine, OURS)
+        others = [r["others"] for r in mine if r["kind"] == "sample"]
         for name in IMPLEMENTATIONS:
             entry = _entry(mine, name, ours, peak)
             if "ms" in entry:
                 told = [r for r in records if r.get("workload") == workload and r.get("implementation") == name]
                 memory = [r["peak_bytes"] / 1e6 for r in told if r["kind"] == "first" and r["peak_bytes"] is not None]
                 errors = [r["gradient_error"] for r in told if r["kind"] == "check"]
+                entry["others"] = spread(others).median
                 entry |= {"peak_mb": next(iter(memory), None), "gradient_error": next(iter(errors), None)}
             if entry:
                 found.append({"workload": workload, "threads": threads, "wait": wait, "implementation": name, **entry})
@@ -97,7 +103,9 @@ def verdicts(entries: Sequence[Record]) -> list[str]:
             setting = Setting(e["threads"], e["wait"])
             if e.get("ratio"):
                 r, cpu = e["ratio"], e["cpu_ratio"]["median"]
-                parts.append(f"{r['median']:.2f} ({r['low']:.2f}-{r['high']:.2f}; CPU time {cpu:.2f}) at {setting}")
+                company = f"; other work took {e['others']:.1f} cores" if e["others"] >= BUSY else ""
+                spread_ = f"{r['low']:.2f}-{r['high']:.2f}; CPU time {cpu:.2f}{company}"
+                parts.append(f"{r['median']:.2f} ({spread_}) at {setting}")
             else:
                 parts.append(f"none ({e.get('error', 'not measured')}) at {setting}")
         lines.append(f"{workload}: speed over learn2learn's: " + (", ".join(parts) or "not measured"))
@@ -120,7 +128,7 @@ def table(header: Record, records: Sequence[Record]) -> str:
         lines += ["", f"## {name}", "", f"{workload.title}; {workload.flop() / 1e9:.3g} GFLOP a step"]
         for _, threads, wait in (c for c in cells if c[0] == name):
             here = [e for e in entries if (e["workload"], e["threads"], e["wait"]) == (name, threads, wait)]
-            lines += ["", f"### {name}, {Setting(threads, wait)}", "", *_rows(here, name), *_load(records, here[0])]
+            lines += ["", f"### {name}, {Setting(threads, wait)}", "", *_rows(here, name), *_company(here)]
     return "\n".join(lines) + "\n"
 
 
@@ -132,11 +140,12 @@ libraries. All workers have the same environment: OpenMP's own waiting or `OMP_W
 `GOMP_SPINCOUNT` that training runs set), `MALLOC_MMAP_MAX_=0` and a large `MALLOC_TRIM_THRESHOLD_`."""
 
 
-def _load(records: Sequence[Record], cell: Record) -> list[str]:
-    """What else the machine was doing."""
-    keys = ("workload", "threads", "wait")
-    loads = [r["load"] for r in records if r["kind"] == "began" and all(r[k] == cell[k] for k in keys)]
-    return ["", f"Load average before: {loads[-1]:.1f}"] if loads else []
+def _company(entries: Sequence[Record]) -> list[str]:
+    """A warning, if the machine was not ours."""
+    others = max((e["others"] for e in entries if "others" in e), default=0.0)
+    if others < BUSY:
+        return []
+    return ["", f"Other work took {others:.1f} cores meanwhile: times are too long, most of all with spinning threads."]
 
 
 def _rows(entries: Sequence[Record], workload: str) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import tempfile
 import time
@@ -113,7 +112,6 @@ class Bench:
                     continue
                 self.say(f"{workload.name}, {setting}")
                 self.log.drop(**cell)
-                self.log.add("began", **cell, load=os.getloadavg()[0])
                 self._cell(cell, workload, workers, folder)
                 if self.log.of("sample", implementation=OURS, **cell):
                     self.log.add("done", **cell)
