@@ -22,7 +22,6 @@ from metalearn.ops import native
 from metalearn.random import TaskKey
 
 if TYPE_CHECKING:
-    from metalearn.backbones import Backbone
     from metalearn.learner import MetaLearner
 
 log = logging.getLogger(__name__)
@@ -94,9 +93,9 @@ class Compiler:
             error = max(_difference(grads, expected), _difference([out.loss], [plain_out.loss]))
             if not error < TOLERANCE[inputs[0].dtype]:
                 raise Unfit(f"the compiled step differs from the plain one by {error:.1e}")
-        except Exception as error:  # whatever the compiler met: the plain step needs none of it
-            first = (str(error).strip().splitlines() or [""])[0]
-            log.warning("meta-steps are not compiled: %s: %s", type(error).__name__, first[:200])
+        except Exception as met:  # whatever the compiler met: the plain step needs none of it
+            first = (str(met).strip().splitlines() or [""])[0]
+            log.warning("meta-steps are not compiled: %s: %s", type(met).__name__, first[:200])
             return None
         log.info("meta-steps are compiled (%.0f s), equal to the plain ones to %.1e", time.monotonic() - began, error)
         return program
@@ -129,7 +128,7 @@ def _compile(learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBat
     graph.recompile()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, about itself
-        function = torch._inductor.compile(graph, inputs, options={"cpp_wrapper": True})
+        function = torch._inductor.compile(graph, list(inputs), options={"cpp_wrapper": True})
     return _Program(function, template, structure)
 
 

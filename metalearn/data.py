@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from torch.utils import _pytree as pytree
 
 from metalearn.datasets.base import Dataset, Split
-from metalearn.episode import MetaBatch
+from metalearn.episode import Episode, MetaBatch
 from metalearn.random import Key, TaskKey
 from metalearn.samplers import Uniform
 
-BLOCK = 32  # meta-steps whose draws are made together; changes no draw
+BLOCK = 128  # meta-steps whose draws are made together; changes no draw
+FETCH_BYTES = 2**20  # inputs of meta-steps whose tasks are made together; changes no task
+CALL_SECONDS = 0.1  # of one call of Lightning's training_step, so that its overhead is paid rarely
 
 
 class Episodes(pl.LightningDataModule):
@@ -27,7 +31,9 @@ class Episodes(pl.LightningDataModule):
         val_every: meta-steps between validations; 0 for none.
         val_episodes, test_episodes: numbers of frozen episodes.
         seed: of training draws; evaluation_seed: of frozen episodes.
-        per_call: meta-steps in one batch for Lightning.
+        per_call: meta-steps in one batch for Lightning; 0 for as many as take a tenth of a second (one, with several
+            ranks). None lies on both sides of a multiple of `log_every`.
+        log_every: meta-steps between log lines.
         dtype: of inputs and real targets.
         eval_batch: frozen episodes fetched at once.
     """
@@ -44,7 +50,8 @@ class Episodes(pl.LightningDataModule):
         test_episodes: int,
         seed: int,
         evaluation_seed: int,
-        per_call: int = 1,
+        per_call: int = 0,
+        log_every: int = 10,
         dtype: torch.dtype = torch.float32,
         eval_batch: int = 32,
     ):
@@ -53,7 +60,7 @@ class Episodes(pl.LightningDataModule):
         self.meta_batch_size, self.max_steps, self.val_every = meta_batch_size, max_steps, val_every
         self.frozen = {"val": val_episodes, "test": test_episodes}
         self.train_key, self.evaluation_key = Key(seed, "train"), Key(evaluation_seed, "evaluation")
-        self.per_call, self.eval_batch = per_call, eval_batch
+        self.per_call, self.log_every, self.eval_batch = per_call, log_every, eval_batch
         self.start = 0
 
     def _ranks(self) -> tuple[int, int]:
@@ -76,14 +83,21 @@ class Episodes(pl.LightningDataModule):
 
     def training(self, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
         """The meta-batches of meta-steps first..last-1 on one rank."""
-        tasks = self.sampler.tasks(self.meta_batch_size, rank, world)
+        tasks, count = self.sampler.tasks(self.meta_batch_size, rank, world), 1
+        own = self.train_key.sub("learner")
         for low in range(first, last, BLOCK):
             steps = torch.arange(low, min(low + BLOCK, last))
             draws = self.dataset.draw("train", self.train_key, steps[:, None], tasks[None, :])
-            for i, step in enumerate(steps.tolist()):
-                episodes = self.dataset.fetch("train", {k: v[i] for k, v in draws.items()}).to(self.dtype)
-                key = TaskKey(self.train_key.sub("learner"), torch.full_like(tasks, step), tasks)
-                yield MetaBatch(step, self.meta_batch_size, episodes, key)
+            at = 0
+            while at < len(steps):  # small tasks are made for several meta-steps at once
+                part = slice(at, min(at + count, len(steps)))
+                together = self.dataset.fetch("train", {k: v[part].flatten(0, 1) for k, v in draws.items()})
+                one_by_one = _unstack(together.to(self.dtype), part.stop - part.start)
+                keys = steps[part, None].expand(-1, len(tasks)).unbind(0)
+                for step, key, episodes in zip(steps[part].tolist(), keys, one_by_one, strict=True):
+                    yield MetaBatch(step, self.meta_batch_size, episodes, TaskKey(own, key, tasks))
+                at = part.stop
+                count = max(1, FETCH_BYTES // max(1, episodes.support.x.nbytes + episodes.query.x.nbytes))
 
     def evaluation(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
         """The frozen episodes of a split on one rank (every world-th), in stacks of `eval_batch`."""
@@ -93,6 +107,12 @@ class Episodes(pl.LightningDataModule):
             zero = torch.zeros_like(index)
             episodes = self.dataset.fetch(split, self.dataset.draw(split, key, index, zero)).to(self.dtype)
             yield MetaBatch(0, self.frozen[split], episodes, TaskKey(key.sub("learner"), index, zero))
+
+
+def _unstack(together: Episode, count: int) -> Iterator[Episode]:
+    """`count` stacks of equally many tasks from one, as views."""
+    leaves, structure = pytree.tree_flatten(together)
+    return map(structure.unflatten, zip(*(t.unflatten(0, (count, -1)).unbind(0) for t in leaves), strict=True))
 
 
 class TrainStream:
@@ -106,11 +126,16 @@ class TrainStream:
         first = data.start
         last = min(data.max_steps, (first // data.val_every + 1) * data.val_every if data.val_every else data.max_steps)
         data.start = last
+        rank, world = data._ranks()
         pending: list[MetaBatch] = []
-        for batch in data.training(first, last, *data._ranks()):
+        size = data.per_call or 1
+        for batch in data.training(first, last, rank, world):
             pending.append(batch)
-            if len(pending) == data.per_call or batch.step == last - 1:
+            if len(pending) >= size or (batch.step + 1) % data.log_every == 0 or batch.step == last - 1:
+                began = time.monotonic()
                 yield pending
+                if not data.per_call and world == 1:  # other ranks would come to other sizes
+                    size = max(1, int(CALL_SECONDS * len(pending) / (time.monotonic() - began)))
                 pending = []
 
 

@@ -239,8 +239,9 @@ class MetaLearner(pl.LightningModule, ABC):
         """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
-        losses = [self.meta_step(part, optimizer).loss.mean() for part in batch]
-        self.train_loss = torch.stack(losses).mean()
+        for part in batch:
+            loss = self.meta_step(part, optimizer).loss
+        self.train_loss = loss.mean()
 
     def on_train_start(self) -> None:
         """Lightning's hook: continue with the optimizer state of a resumed run."""

@@ -72,6 +72,7 @@ def build_data(config: Config, dataset: Dataset) -> Episodes:
         seed=config["seed"],
         evaluation_seed=config["evaluation"]["seed"],
         per_call=t["meta_steps_per_call"],
+        log_every=t["log_every"],
         dtype=DTYPES[t["precision"]],
     )
 

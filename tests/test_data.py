@@ -145,15 +145,24 @@ def test_precision_of_inputs_and_targets():
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
-@given(max_steps=st.integers(0, 25), val_every=st.integers(0, 12), per_call=st.integers(1, 7), start=st.integers(0, 25))
-def test_training_stops_at_validations_and_at_max_steps(max_steps, val_every, per_call, start):
+@given(
+    max_steps=st.integers(0, 25),
+    val_every=st.integers(0, 12),
+    per_call=st.integers(0, 7),
+    log_every=st.integers(1, 9),
+    start=st.integers(0, 25),
+)
+def test_training_stops_at_validations_and_at_max_steps(max_steps, val_every, per_call, log_every, start):
     """Iterated again and again from any start: each step once, full calls up to a boundary, a pause at each."""
-    stream = episodes(Sinusoid(), max_steps=max_steps, val_every=val_every, per_call=per_call, meta_batch_size=1)
+    lengths = {"max_steps": max_steps, "val_every": val_every, "per_call": per_call, "log_every": log_every}
+    stream = episodes(Sinusoid(), meta_batch_size=1, **lengths)
     stream.start, loader, seen = start, TrainStream(stream), []
     while stream.start < max_steps:
         epoch = [[b.step for b in call] for call in loader]
-        sizes = [len(call) for call in epoch]
-        assert set(sizes[:-1]) <= {per_call} and 0 < sizes[-1] <= per_call
+        for call in epoch:
+            assert len({step // log_every for step in call}) == 1  # a log line is due between calls only
+            full = len(call) == per_call or (call[-1] + 1) % log_every == 0
+            assert 0 < len(call) and (per_call == 0 or (len(call) <= per_call and (full or call is epoch[-1])))
         seen += sum(epoch, [])
         assert stream.start == seen[-1] + 1
         boundaries = [s for s in seen if val_every and (s + 1) % val_every == 0]
