@@ -258,8 +258,10 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, s
 def _has(base: DictConfig, name: str) -> bool:
     node: Any = base
     for part in name.split("."):
-        if not OmegaConf.is_dict(node) or part not in node.keys():  # `in` denies required keys without a value
+        if not OmegaConf.is_dict(node):
             return False
+        if part not in node.keys():  # `in` denies required keys without a value
+            return OmegaConf.is_struct(node) is False  # a mapping whose keys are the user's
         node = node._get_node(part)
     return True
 
@@ -289,7 +291,9 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
     config = OmegaConf.create(OmegaConf.to_container(base, resolve=False))
     try:
         for override in OverridesParser.create().parse_overrides(list(assignments)):
-            OmegaConf.update(config, override.key_or_group, override.value(), merge=False)
+            value = override.value()
+            merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, override.key_or_group))
+            OmegaConf.update(config, override.key_or_group, value, merge=merge)  # mappings as Hydra does
         plain = OmegaConf.to_container(config, resolve=True)
     except OmegaConfBaseException as error:
         raise BadInput(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
@@ -318,7 +322,7 @@ def _named(overrides: Sequence[str], config: Config, data_hash: str) -> Cell:
 def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
     """What names a run: the `train` and the `test` keys that differ from their declared defaults.
 
-    Epochs and targets of all members enter, and the data's content hash in place of its path.
+    Epochs and targets of all members enter, and the data's content hash in place of its path, and that of a factory's source.
     """
     found: dict[str, Config] = {"train": {"dataset.data": data_hash, "engine.epoch": Run.epoch}, "test": {}, "none": {}}
     for name, field in fields_of(Run).items():
@@ -328,6 +332,8 @@ def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
         if "_target_" in section:
             found["train"][f"{group}._target_"] = section["_target_"]
         found["train"][f"{group}.epoch"] = schema.epoch
+        if hasattr(schema, "content") and data_hash:  # without one the cell is only shown
+            found["train"][f"{group}.content"] = schema.content(section)
         for name, field in fields_of(schema).items():
             if name != "root":
                 _note(found, f"{group}.{name}", field.key, section[name], field.default)

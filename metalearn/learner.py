@@ -25,6 +25,7 @@ from metalearn.optim import OuterOptimizer, clipped
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
+CHUNK_BYTES = {"cpu": 8 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
 OWN = "regularizer."  # prefix of a regularizer's parameters among those of the network
 When = Literal["inner", "query"]
 Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]
@@ -48,7 +49,10 @@ class MetaLearner(pl.LightningModule, ABC):
         inner_steps, test_steps: steps of adaptation in training and in validation and test.
         inner_loss_reduction: `mean` over examples, or `sum_over_shots`: the sum divided by the shots, which is N
             times the mean (the code of Finn et al.); classification only.
-        chunk_bytes: activations of one chunk of tasks; bounds memory, changes nothing but rounding.
+        chunk_bytes: activations of one chunk of tasks; bounds memory, changes nothing but rounding. 0 for `CHUNK_BYTES`
+            of the kind of device.
+        recompute: compute the inner steps again for the outer gradient instead of keeping them: memory for activations
+            does not grow with their number, and each costs one more forward and backward pass of the support set.
     """
 
     needs_head: ClassVar[bool] = True
@@ -63,13 +67,14 @@ class MetaLearner(pl.LightningModule, ABC):
         inner_steps: int = 0,
         test_steps: int = 0,
         inner_loss_reduction: Literal["mean", "sum_over_shots"] = "mean",
-        chunk_bytes: int = 8 * 2**20,
+        chunk_bytes: int = 0,
+        recompute: bool = False,
     ):
         super().__init__()
         self.net, self.kind, self.regularizer = net, kind, regularizer or Regularizer()
         self.inner_steps, self.test_steps = inner_steps, test_steps
         self.inner_loss_reduction = inner_loss_reduction
-        self.chunk_bytes = chunk_bytes
+        self.chunk_bytes, self.recompute = chunk_bytes, recompute
         self.running = RunningStatistics(net)
         self.shapes = net.shapes()
         self.meta_steps = 0
@@ -190,7 +195,8 @@ class MetaLearner(pl.LightningModule, ABC):
     def chunks(self, episodes: Episode) -> list[slice]:
         """Equal ranges of tasks whose activations stay below `chunk_bytes` each (at least one task)."""
         n = max(episodes.support.x.shape[1], episodes.query.x.shape[1])
-        fits = max(1, self.chunk_bytes // max(1, self.net.activation_bytes(n)))
+        limit = self.chunk_bytes or CHUNK_BYTES["cpu" if episodes.support.x.is_cpu else "gpu"]
+        fits = max(1, limit // max(1, self.net.activation_bytes(n)))
         count = -(-episodes.tasks // fits)
         bounds = [i * episodes.tasks // count for i in range(count + 1)]
         return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]

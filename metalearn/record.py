@@ -98,6 +98,9 @@ def versions(dataset: Config) -> dict[str, str]:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
+    from metalearn.ops import native  # not above: tables are printed without torch
+
+    found["kernels"] = "compiled" if (why := native.reason()) is None else f"PyTorch's operators: {why}"
     return found | member_of("dataset", dataset).versions(dataset)
 
 

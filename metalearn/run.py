@@ -22,6 +22,7 @@ from metalearn.learner import Diverged, MetaLearner
 from metalearn.ledger import CellDir, Checkpoints, leads, note_trained, trained_by, write_atomically, write_json
 from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
+from metalearn.ops.conv import multiply_in
 from metalearn.record import git_state, result_of
 from metalearn.schema import BadInput
 from metalearn.training import Recorder
@@ -50,6 +51,7 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
         kind=dataset.kind,
         regularizer=build("regularizer", config["regularizer"]),
         chunk_bytes=int(trainer["chunk_mib"] * 2**20),
+        recompute=trainer["recompute"],
     )
     learner.initialize(config["seed"])
     learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])
@@ -59,7 +61,18 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
     return learner
 
 
-DTYPES = {"32": torch.float32, "64": torch.float64}
+DTYPES = {"32": torch.float32, "64": torch.float64, "tf32": torch.float32, "bf16": torch.float32}
+
+
+def set_precision(precision: str) -> None:
+    """What this process multiplies from now on: see `trainer.precision`."""
+    if precision == "tf32" and not torch.cuda.is_available():
+        raise BadInput(
+            "trainer.precision=tf32: only GPUs have TF32, and this machine has no usable one; use 32 or bf16"
+        )
+    inside = "tf32" if precision == "tf32" else "ieee"
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = inside
+    multiply_in(torch.bfloat16 if precision == "bf16" else None)
 
 
 def build_data(config: Config, dataset: Dataset) -> Episodes:
@@ -85,6 +98,7 @@ def run(cell: Cell) -> str:
     config, directory = cell.config, CellDir(cell.config["output_dir"], cell.cell_id)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     keep_freed_memory()
+    set_precision(config["trainer"]["precision"])
     if config["trainer"]["threads"]:
         torch.set_num_threads(config["trainer"]["threads"])
     main = leads()

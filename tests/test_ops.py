@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 import torch.nn.functional as F
-from oracles import assert_close, normal
+from oracles import assert_close, distance, normal
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from metalearn.ops import Normalization, batch_norm, conv2d, linear
+from metalearn.ops import Normalization, batch_norm, conv, conv2d, linear
 from metalearn.ops.norm import Moments
 
 TASKS, N, EPS = 2, 3, 0.1  # so large an eps matters next to the variance
@@ -208,3 +208,22 @@ def test_each_set_has_its_own_statistics(shared):
     sets = [x, x.square(), x.exp()]
     out = fast_norm(torch.cat(sets, 1), gamma, beta, normal(3, seed=3), Normalization(sets=3))
     assert_close(out, torch.cat([plain_norm(part, gamma, beta) for part in sets], 1))
+
+
+def test_bfloat16_operands_round_and_nothing_else(monkeypatch):
+    """Value and both gradients of a convolution whose operands are rounded: as close as the rounding of the result."""
+    x, w, g = (
+        normal(*shape, seed=i).float() for i, shape in enumerate([(2, 3, 8, 5, 5), (2, 6, 8, 3, 3), (2, 3, 6, 5, 5)])
+    )
+
+    def results(x, w, g):
+        x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+        y = conv2d(x, w, padding=1)
+        return [y.detach(), *torch.autograd.grad(y, (x, w), g)]
+
+    expected = results(*(t.bfloat16().float() for t in (x, w, g)))
+    exact = results(x, w, g)
+    monkeypatch.setattr(conv, "operands", torch.bfloat16)
+    for found, want, unrounded in zip(results(x, w, g), expected, exact, strict=True):
+        assert found.dtype == torch.float32
+        assert distance([found], [want]) < 2**-8 < 10 * distance([found], [unrounded])

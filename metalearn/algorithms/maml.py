@@ -45,5 +45,8 @@ class MAML(MetaLearner):
             return self.inner_loss(self.run_net(frozen | phi, h, when="inner", start=site), y)
 
         start = per_task(moving, len(support.x), self.shapes)
-        context = (frozen, features, support.y)
-        return gradient_descent(support_loss, start, context, self.alpha, steps, first_order=self.first_order)
+        context, options = (
+            (frozen, features, support.y),
+            {"first_order": self.first_order, "remember": not self.recompute},
+        )
+        return gradient_descent(support_loss, start, context, self.alpha, steps, **options)

@@ -3,5 +3,6 @@
 from metalearn.backbones.base import Backbone, Stage
 from metalearn.backbones.conv4 import Conv4
 from metalearn.backbones.mlp import MLP
+from metalearn.backbones.module import Module
 
-__all__ = ["MLP", "Backbone", "Conv4", "Stage"]
+__all__ = ["MLP", "Backbone", "Conv4", "Module", "Stage"]

@@ -34,6 +34,7 @@ class Implementation:
         forms, nets: algorithms and networks that it has an idiom for.
         preload: modules that the worker imports before it forks.
         only: workloads that it is measured on; empty for all.
+        chunk: tasks of a chunk, if it is not measured where that is all of them.
         optional: whether it is left out unless it is asked for.
     """
 
@@ -46,12 +47,15 @@ class Implementation:
     preload: tuple[str, ...] = ("torch",)
     nets: tuple[str, ...] = ("conv4", "mlp")
     only: tuple[str, ...] = ()
+    chunk: int = 0
     optional: bool = False
 
     def omits(self, workload: Workload) -> str | None:
         """Why it is not measured on a workload, or None."""
         if workload.form not in self.forms or workload.net not in self.nets:
             return "n/a: no idiom for it"
+        if self.chunk and self.chunk >= workload.tasks:
+            return f"n/a: {workload.tasks} tasks are one chunk"
         return f"only measured on {', '.join(self.only)}" if self.only and workload.name not in self.only else None
 
     @property
@@ -90,7 +94,7 @@ IMPLEMENTATIONS = {
         Implementation("torchmeta", "torchmeta modules", "peers.torchmeta", environment="torchmeta", only=SMALL),
         Implementation("loop", "functional_call loop", "peers.plain", forms=LOOPED, optional=True),
         Implementation("vmap", "torch.func vmap, all tasks at once", "peers.vmap", "0", forms=MAPPED),
-        Implementation("vmap8", "torch.func vmap, chunks of 8", "peers.vmap", "8", forms=MAPPED),
+        Implementation("vmap8", "torch.func vmap, chunks of 8", "peers.vmap", "8", forms=MAPPED, chunk=8),
         Implementation("jax", "JAX jit + vmap", "peers.jax", "vmap", "jax", MAPPED, ("numpy",), only=SMALL),
         Implementation(
             "jax-tuned", "JAX jit + lax.map + im2col", "peers.jax", "map", "jax", MAPPED, ("numpy",), ("conv4",)

@@ -22,14 +22,14 @@ Record = dict[str, Any]
 
 EXACT = 1e-8
 """Relative error of loss and gradient that the check in float64 allows."""
-CHECKED = 2
-"""Tasks of that check, and at most as many inner steps."""
 SLOT = 0.4
 """Seconds that one implementation works at a time, about, where steps are shorter."""
 SLOW = 4.0
 """What takes this many times as long as ours, and a second, is timed in two rounds only."""
-HEAVY = 10.0
+HEAVY = 20.0
 """Seconds of a step from which one is enough, under one setting."""
+LARGE = 1.5e9
+"""Bytes from which an implementation is not kept in memory beside the others, but takes turns with ours alone."""
 LIGHT = 1e9
 """Operations of a step below which the first step says nothing about the time of others."""
 
@@ -127,11 +127,15 @@ class Bench:
                 if problem := implementation.missing():
                     raise WorkerError(problem)
                 self._check(workload, name, worker, folder)
-                before = self.log.of("first", workload=workload.name, implementation=name)
-                if any(r["heavy"] for r in before):
+                if any(r["heavy"] for r in self.log.of("first", workload=workload.name, implementation=name)):
                     raise WorkerError("not timed again: one step is enough")
-                ready[name] = self._first(cell, workload, name, worker, arrays, memory=not before)
+                ready[name] = self._first(cell, workload, name, worker, arrays)
+                if name != OURS and OURS in ready and self._apart(workload, name):
+                    self._turns(cell, workers, name, ready)
+                    del ready[name]
+                    worker.close()
             except WorkerError as problem:
+                ready.pop(name, None)
                 self._failed(cell, name, problem)
         if workload.net == "conv4":
             answer = workers[PEAK.name].open(workload.as_dict(), arrays, self.device)
@@ -144,20 +148,35 @@ class Bench:
             except WorkerError:
                 workers[name].end()
 
-    def _first(
-        self, cell: Record, workload: Workload, name: str, worker: Worker, arrays: Path, *, memory: bool
-    ) -> float:
-        """First step, memory, and about how long a step takes."""
+    def _first(self, cell: Record, workload: Workload, name: str, worker: Worker, arrays: Path) -> float:
+        """First step, memory (once for each workload and call), and about how long a step takes."""
+        memory = not self.log.of("first", workload=workload.name, implementation=name)
         answer = worker.open(workload.as_dict(), arrays, self.device, memory=memory)
         seconds: float = answer["first_seconds"]
         if workload.flop() < LIGHT or seconds > HEAVY:  # it says nothing, or it may have been compiling
-            sample = worker.run(1)
-            seconds = sample["seconds"]
-        heavy = seconds > HEAVY
-        self.log.add("first", **cell, implementation=name, heavy=heavy, **answer)
-        if heavy:
-            self.log.add("sample", **cell, implementation=name, round=0, **sample)
+            seconds = worker.run(1)["seconds"]
+        self.log.add("first", **cell, implementation=name, heavy=seconds > HEAVY, **answer)
         return seconds
+
+    def _apart(self, workload: Workload, name: str) -> bool:
+        """Whether it takes too much time or memory to be interleaved with all the others."""
+        firsts = self.log.of("first", workload=workload.name, implementation=name)
+        return any(r["heavy"] or (r["peak_bytes"] or 0) > LARGE for r in firsts)
+
+    def _turns(self, cell: Record, workers: dict[str, Worker], name: str, step: dict[str, float]) -> None:
+        """Two turns with ours alone, or one if it is slow."""
+        for _ in range(1 if step[name] > HEAVY else 2):
+            number = self._next(cell)
+            for who in (name, OURS):
+                self._sample(cell, workers, who, number, step[who])
+
+    def _sample(self, cell: Record, workers: dict[str, Worker], name: str, number: int, seconds: float) -> None:
+        sample = workers[name].run(max(1, round(SLOT / max(seconds, 1e-6))))
+        self.log.add("sample", **cell, implementation=name, round=number, **sample)
+
+    def _next(self, cell: Record) -> int:
+        """Number of the next round."""
+        return 1 + max((r["round"] for r in self.log.of("sample", **cell)), default=-1)
 
     def _failed(self, cell: Record, name: str, problem: Exception) -> None:
         self.log.add("error", **cell, implementation=name, error=str(problem))
@@ -173,7 +192,7 @@ class Bench:
             return
         if name != OURS and workload.name not in self.references:
             raise WorkerError("there is nothing to compare it with")
-        small = replace(workload, tasks=CHECKED, steps=min(workload.steps, CHECKED))
+        small = checked(workload)
         found = self.log.of("check", workload=workload.name, implementation=name)
         if not found or name == OURS:
             arrays, path = folder / "check.npz", folder / f"{name}.npz"
@@ -201,20 +220,26 @@ class Bench:
         """At least two rounds, then more until `rounds` or the budget is used up."""
         order, began = list(step), time.monotonic()
         shuffle = random.Random(0)
-        counts = {name: max(1, round(SLOT / max(seconds, 1e-6))) for name, seconds in step.items()}
         limit = max(1.0, SLOW * step.get(OURS, float("inf")))
-        for number in range(self.rounds):
-            if number >= 2 and time.monotonic() - began > self.budget:
+        for done in range(self.rounds):
+            if done >= 2 and time.monotonic() - began > self.budget:
                 break
+            number = self._next(cell)
             shuffle.shuffle(order)
             for name in list(order):
-                if step[name] > HEAVY or (number >= 2 and step[name] > limit):
+                if done >= 2 and step[name] > limit:
                     continue
                 try:
-                    self.log.add("sample", **cell, implementation=name, round=number, **workers[name].run(counts[name]))
+                    self._sample(cell, workers, name, number, step[name])
                 except WorkerError as problem:
                     order.remove(name)
                     self._failed(cell, name, problem)
+
+
+def checked(workload: Workload) -> Workload:
+    """A part of a workload that is enough to see whether two implementations compute the same thing."""
+    small = replace(workload, tasks=2, steps=min(workload.steps, 2))
+    return replace(small, shot=min(small.shot, 2), queries=min(small.queries, 3)) if small.net == "conv4" else small
 
 
 def distance(gradient: np.ndarray, reference: np.ndarray) -> float:

@@ -13,6 +13,19 @@ from torch.autograd import Function
 
 from metalearn.ops import task_conv
 
+operands: torch.dtype | None = None
+"""What convolutions multiply, if not the numbers as they come; sums are kept and returned in float32."""
+
+
+def multiply_in(dtype: torch.dtype | None) -> None:
+    """Set `operands` for this process."""
+    global operands
+    operands = dtype
+
+
+def _rounded(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tensors if operands is None else tuple(t.to(operands) for t in tensors)
+
 
 class Geometry(NamedTuple):
     """Stride, zero padding on each side and number of groups of one convolution."""
@@ -25,10 +38,12 @@ class Geometry(NamedTuple):
 def _backward(g: Tensor, x: Tensor, w: Tensor, geometry: Geometry, data: bool) -> Tensor:
     stride, padding, groups = geometry
     mask = [data, not data, False]
+    dtype = g.dtype
+    g, x, w = _rounded(g, x, w)
     out = torch.ops.aten.convolution_backward(
         g, x, w, None, [stride] * 2, [padding] * 2, [1, 1], False, [0, 0], groups, mask
     )
-    return out[0] if data else out[1]
+    return (out[0] if data else out[1]).to(dtype)
 
 
 class _Convolution(Function):
@@ -38,7 +53,9 @@ class _Convolution(Function):
     def forward(ctx: Any, x: Tensor, w: Tensor, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, w)
         ctx.geometry = geometry
-        return F.conv2d(x, w, None, geometry.stride, geometry.padding, 1, geometry.groups)
+        dtype = x.dtype
+        x, w = _rounded(x, w)
+        return F.conv2d(x, w, None, geometry.stride, geometry.padding, 1, geometry.groups).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -99,7 +116,7 @@ def conv2d(x: Tensor, weight: Tensor, *, stride: int = 1, padding: int = 0) -> T
         convolution, and the result is a view of its output.
     """
     tasks, n = x.shape[:2]
-    if task_conv.fits(x, weight, stride, padding):
+    if operands is None and task_conv.fits(x, weight, stride, padding):
         return task_conv.task_conv(x, weight)
     if weight.dim() == 4:
         flat = x.flatten(0, 1).contiguous(memory_format=torch.channels_last)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from metalearn.ops import native
+from metalearn.ops import conv, native
 from metalearn.ops.layout import Strides, empty, same_layout, strides
 from metalearn.ops.norm import Moments, Normalization
 
@@ -26,7 +26,7 @@ MOST_INPUTS = 4  # channels; the work on patches grows with their square
 def fits(x: Tensor, weight: Tensor, stride: int, pool: int) -> bool:
     """Whether `stem` covers a block: data of few channels that needs no gradient, 3x3 filters, pooling."""
     small = x.shape[2] <= MOST_INPUTS and weight.shape[-2:] == (3, 3) and (stride, pool) == (1, 2)
-    return small and not x.requires_grad and native.library(x) is not None
+    return small and not x.requires_grad and conv.operands is None and native.library(x) is not None
 
 
 def stem(

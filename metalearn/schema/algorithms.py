@@ -67,7 +67,7 @@ class MAML(InnerLoop):
 
         yield from super().problems(algorithm, run)
         adapted, layers = algorithm["adapted"], member_of("backbone", run["backbone"]).layers(run["backbone"])
-        if not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
+        if layers and not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
             yield f"algorithm.adapted={adapted}: must be empty or begin the name of one of {', '.join(layers)}"
 
 

@@ -30,13 +30,26 @@ class Trainer:
     val_every: int = key(100, "meta-steps between validations; 0 for none (then the last checkpoint is tested)", ge=0)
     val_episodes: int = key(100, "frozen validation episodes", ge=1)
     test_episodes: int = key(600, "frozen test episodes", ge=2, touches="test")
-    precision: str = key("32", "bits of floating-point numbers", choices=("32", "64"))
+    precision: str = key(
+        "32",
+        "floating-point numbers: 32 or 64 bits; tf32 and bf16: 32, but matrices and convolutions multiply TF32 (GPU only), "
+        "or convolutions bfloat16",
+        choices=("32", "64", "tf32", "bf16"),
+    )
     accelerator: str = key("auto", "auto, cpu or cuda", touches="none", choices=("auto", "cpu", "cuda"))
     devices: int = key(
         1, "processes, one device each; the tasks of a meta-step are divided among them", ge=1, touches="none"
     )
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
-    chunk_mib: float = key(8.0, "activations (MiB) of the tasks that are computed at once", gt=0, touches="none")
+    chunk_mib: float = key(
+        0.0,
+        "activations (MiB) of the tasks that are computed at once; 0 for 8 on a CPU and 2048 on a GPU",
+        ge=0,
+        touches="none",
+    )
+    recompute: bool = key(
+        False, "compute inner steps again instead of keeping them: memory that does not grow with them", touches="none"
+    )
     compile: str = key(
         "auto",
         "whether meta-steps are compiled (seconds to half a minute at the start): auto for long runs of tiny networks",

@@ -51,8 +51,8 @@ class Key:
 def key(default: Any, doc: str, **rest: Any) -> Any:
     """A dataclass field that declares a key; a default of `...` marks a required one."""
     declared = Key(doc, required=default is ..., **rest)
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata={"key": declared})
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=default.copy, metadata={"key": declared})
     return dataclasses.field(default="???" if default is ... else default, metadata={"key": declared})
 
 
@@ -142,7 +142,7 @@ def _convert(value: Any, kind: Any) -> Any:
 
 
 def _type_name(kind: Any) -> str:
-    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text"}
+    names = {int: "a whole number", float: "a finite number", bool: "true or false", str: "a text", dict: "a mapping"}
     if isinstance(kind, types.UnionType):
         return " or ".join("null" if k is type(None) else _type_name(k) for k in kind.__args__)
     if typing.get_origin(kind) is list:

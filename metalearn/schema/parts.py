@@ -77,6 +77,43 @@ class Conv4:
 
 
 @dataclass
+class Module:
+    """metalearn.backbones.Module."""
+
+    target: ClassVar[str] = "metalearn.backbones.Module"
+    epoch: ClassVar[int] = 1
+
+    name: str = key("", "name in tables and logs", touches="none")
+    factory: str = key(
+        ..., "module:function that makes the network from input_shape and outputs, as my_package.nets:make_net"
+    )
+    arguments: dict = key({}, "further arguments of the factory, as backbone.arguments.width=32")  # type: ignore[type-arg]
+    init: str = key(
+        "keep",
+        "initial parameters: the factory's own draws (keyed by the seed), or Xavier uniform and zero",
+        choices=("keep", "xavier"),
+    )
+
+    @classmethod
+    def layers(cls, backbone: Config) -> list[str]:
+        """None are known before the module is made."""
+        return []
+
+    @classmethod
+    def content(cls, backbone: Config) -> str:
+        """Names the factory's source file by its contents."""
+        from metalearn.factories import content
+
+        return content("backbone.factory", backbone["factory"])
+
+    @classmethod
+    def problems(cls, backbone: Config, side: int | None) -> Iterator[str]:
+        """Why this network cannot take pictures of `side` pixels (None: no pictures)."""
+        for name in {"input_shape", "outputs"} & backbone["arguments"].keys():
+            yield f"backbone.arguments.{name}={backbone['arguments'][name]}: the data set says so; leave it out"
+
+
+@dataclass
 class NoRegularizer:
     """metalearn.regularizers.Regularizer."""
 
@@ -132,7 +169,7 @@ class SGD(Optimizer):
     momentum: float = key(0.0, "momentum", ge=0, lt=1)
 
 
-BACKBONES = (MLP, Conv4)
+BACKBONES = (MLP, Conv4, Module)
 REGULARIZERS = (NoRegularizer,)
 SAMPLERS = (Uniform,)
 OPTIMIZERS = (Adam, SGD)

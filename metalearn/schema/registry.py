@@ -5,6 +5,7 @@ from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig
 
 from metalearn.schema import algorithms, datasets, groups, parts
 from metalearn.schema.keys import BadInput, fields_of
@@ -51,4 +52,6 @@ def register() -> None:
 
 def _defaults(schema: type) -> dict[str, Any]:
     assert dataclasses.is_dataclass(schema)
-    return {name: field.default for name, field in fields_of(schema).items()}
+    defaults = {name: field.default for name, field in fields_of(schema).items()}
+    # a mapping's own keys are the user's
+    return {k: DictConfig(v, flags={"struct": False}) if isinstance(v, dict) else v for k, v in defaults.items()}
