@@ -71,7 +71,7 @@ def set_precision(precision: str) -> None:
             "trainer.precision=tf32: only GPUs have TF32, and this machine has no usable one; use 32 or bf16"
         )
     inside = "tf32" if precision == "tf32" else "ieee"
-    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = inside
+    torch.backends.cuda.matmul.fp32_precision = torch.backends.cudnn.conv.fp32_precision = inside  # type: ignore[attr-defined]
     multiply_in(torch.bfloat16 if precision == "bf16" else None)
 
 

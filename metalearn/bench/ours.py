@@ -11,6 +11,7 @@ from torch import Tensor
 from metalearn.algorithms import MAML, ProtoNet, Reptile
 from metalearn.algorithms import reptile as reptile_module
 from metalearn.backbones import MLP, Backbone, Conv4
+from metalearn.compiled import Compiler
 from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.learner import MetaLearner
 from metalearn.memory import keep_freed_memory
@@ -56,6 +57,7 @@ class Subject:
         self.learner = learner_of(workload).to(device, data["support.x"].dtype)
         self.learner.net.load_state_dict({k[6:]: v for k, v in data.items() if k.startswith("param.")})
         self.learner.attach(Adam(lr=workload["outer_lr"]), max_steps=2**31)
+        self.learner.compiler = Compiler(always=False)  # as runs have it
         self.optimizer, self.batch, self.device = self.learner.configure_optimizers(), meta_batch(data), device
         if "rows" in data:  # the minibatches that all implementations take
             rows = data["rows"]

@@ -32,8 +32,8 @@ class Trainer:
     test_episodes: int = key(600, "frozen test episodes", ge=2, touches="test")
     precision: str = key(
         "32",
-        "floating-point numbers: 32 or 64 bits; tf32 and bf16: 32, but matrices and convolutions multiply TF32 (GPU only), "
-        "or convolutions bfloat16",
+        "bits of floating-point numbers; tf32: 32, but matrices and convolutions multiply TF32 (GPU only); bf16: 32, "
+        "but convolutions multiply bfloat16",
         choices=("32", "64", "tf32", "bf16"),
     )
     accelerator: str = key("auto", "auto, cpu or cuda", touches="none", choices=("auto", "cpu", "cuda"))
