@@ -252,7 +252,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, s
             raise BadInput(_no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
     config = validate(_resolve(base, assignments), complete=to_run)
-    return _named((*groups, *assignments), config, _data_hash(config) if to_run else ""), dropped
+    return _named((*groups, *assignments), config, to_run), dropped
 
 
 def _has(base: DictConfig, name: str) -> bool:
@@ -304,7 +304,7 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
 def from_composed(config: DictConfig) -> Cell:
     """The cell of a configuration that Hydra composed (as in a launcher's job)."""
     plain = validate(_resolve(config, ()))
-    return _named((), plain, _data_hash(plain))
+    return _named((), plain)
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -314,17 +314,26 @@ def _data_hash(config: Config) -> str:
     return member_of("dataset", config["dataset"]).data_hash(config["dataset"])
 
 
-def _named(overrides: Sequence[str], config: Config, data_hash: str) -> Cell:
-    train, test = identity(config, data_hash)
+def _contents(config: Config) -> dict[str, str]:
+    """Content hashes of the source files that a run's factories lie in."""
+    found = {group: member_of(group, config[group]) for group in MEMBERS}
+    return {f"{g}.content": schema.content(config[g]) for g, schema in found.items() if hasattr(schema, "content")}
+
+
+def _named(overrides: Sequence[str], config: Config, to_run: bool = True) -> Cell:
+    data_hash, contents = (_data_hash(config), _contents(config)) if to_run else ("", {})
+    train, test = identity(config, data_hash, contents)
     return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash)
 
 
-def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
+def identity(config: Config, data_hash: str, contents: dict[str, str] | None = None) -> tuple[Config, Config]:
     """What names a run: the `train` and the `test` keys that differ from their declared defaults.
 
-    Epochs and targets of all members enter, and the data's content hash in place of its path, and that of a factory's source.
+    Epochs and targets of all members enter, the data's content hash in place of its path, and the content hashes of
+    source files that keys name.
     """
     found: dict[str, Config] = {"train": {"dataset.data": data_hash, "engine.epoch": Run.epoch}, "test": {}, "none": {}}
+    found["train"] |= contents or {}
     for name, field in fields_of(Run).items():
         _note(found, name, field.key, config[name], field.default)
     for group in GROUPS:
@@ -332,8 +341,6 @@ def identity(config: Config, data_hash: str) -> tuple[Config, Config]:
         if "_target_" in section:
             found["train"][f"{group}._target_"] = section["_target_"]
         found["train"][f"{group}.epoch"] = schema.epoch
-        if hasattr(schema, "content") and data_hash:  # without one the cell is only shown
-            found["train"][f"{group}.content"] = schema.content(section)
         for name, field in fields_of(schema).items():
             if name != "root":
                 _note(found, f"{group}.{name}", field.key, section[name], field.default)

@@ -42,6 +42,8 @@ def legal(group: str, name: str) -> list[str]:
         return [f"dataset={dataset}", f"algorithm={name.removeprefix(f'{dataset}_')}"]
     if group == "backbone" and name.startswith("mlp"):
         return [f"backbone={name}", "dataset=sinusoid"]
+    if (group, name) == ("backbone", "module"):
+        return [f"backbone={name}", "backbone.factory=test_module:flat"]
     return [f"{group}={name}"]
 
 
