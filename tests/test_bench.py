@@ -17,12 +17,12 @@ from metalearn.bench import command, report
 from metalearn.bench.ours import Subject
 from metalearn.bench.peers import IMPLEMENTATIONS, OURS, Implementation
 from metalearn.bench.process import Setting, Worker, WorkerError
-from metalearn.bench.rounds import Bench, Log, distance
+from metalearn.bench.rounds import Bench, Log, checked, distance
 from metalearn.bench.statistics import paired_ratio, spread
 from metalearn.bench.workloads import WORKLOADS, make_arrays
 from metalearn.schema import BadInput
 
-TINY = replace(WORKLOADS["W1"], tasks=2, filters=4, image=(1, 16, 16))
+TINY = replace(WORKLOADS["W1"], tasks=4, filters=32, image=(1, 16, 16))  # not so tiny that it is compiled
 
 
 # ---- workloads ---------------------------------------------------------------------------------------------------
@@ -81,11 +81,10 @@ def test_reptile_takes_every_example_of_the_pool_once():
 
 
 @pytest.mark.parametrize("name", WORKLOADS)
-def test_every_workload_fits_our_learners(name):
-    """Parameters load by name, and one step of two tasks gives a finite gradient for each."""
-    w = replace(WORKLOADS[name], tasks=2)
-    w = replace(w, filters=4, image=(w.image[0], 16, 16), shot=1, queries=1) if w.net == "conv4" else w
-    w = replace(w, queries=4) if w.form == "reptile" else w
+def test_every_workload_fits_our_learners(monkeypatch, name):
+    """Parameters load by name, and one step of the part that is checked gives a finite gradient for each."""
+    monkeypatch.setattr("metalearn.bench.ours.STEPS", 1)  # too few to compile anything
+    w = replace(checked(WORKLOADS[name]), filters=4, image=(WORKLOADS[name].image[0], 16, 16))
     subject = Subject(w.as_dict(), make_arrays(w), "cpu")
     subject.step()
     found = subject.gradient()
@@ -289,6 +288,23 @@ def test_a_peer_that_is_not_built_stands_in_the_table(monkeypatch, tmp_path):
     assert ours["ms"]["n"] == 2 and ours["ratio"]["median"] == 1.0
     assert higher["error"] == "not built: no compiler"
     assert list(bench.measure(Setting(1), [TINY])) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("large", [0, float("inf")])
+def test_peers_are_paired_with_us_in_every_round(monkeypatch, tmp_path, large):
+    """Interleaved with all others, or, if they need much memory, in turns with ours alone."""
+    monkeypatch.setitem(WORKLOADS, "W1", TINY)
+    monkeypatch.setattr("metalearn.bench.rounds.LARGE", large)
+    log = Log.open(tmp_path / "samples.jsonl")
+    three = [IMPLEMENTATIONS[name] for name in (OURS, "loop", "vmap")]
+    bench = Bench(log, three, "cpu", rounds=4, budget=60, errors=sys.stderr, say=lambda _: None)
+    assert list(bench.measure(Setting(1), [TINY])) == [TINY]
+    found = {e["implementation"]: e for e in report.summary(log.records)}
+    turns = 4 if large else 2
+    assert [found[name]["ratio"]["n"] for name in ("loop", "vmap")] == [turns, turns]
+    assert found[OURS]["ms"]["n"] == (4 if large else 2 + 2 + 4)
+    assert all(e["gradient_error"] < 1e-12 and "error" not in e and e["share"] > 0 for e in found.values())
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from metalearn.optim import Adam
 from metalearn.random import Key, TaskKey
 
 Spec = dict[str, Any]
+STEPS = 10**6
+"""Meta-steps of the run that a workload is a piece of: a long one, in which it pays to compile tiny networks."""
 
 
 def network(w: Spec) -> Backbone:
@@ -56,7 +58,7 @@ class Subject:
         data = {k: torch.from_numpy(v).to(device) for k, v in arrays.items()}
         self.learner = learner_of(workload).to(device, data["support.x"].dtype)
         self.learner.net.load_state_dict({k[6:]: v for k, v in data.items() if k.startswith("param.")})
-        self.learner.attach(Adam(lr=workload["outer_lr"]), max_steps=2**31)
+        self.learner.attach(Adam(lr=workload["outer_lr"]), max_steps=STEPS)
         self.learner.compiler = Compiler(always=False)  # as runs have it
         self.optimizer, self.batch, self.device = self.learner.configure_optimizers(), meta_batch(data), device
         if "rows" in data:  # the minibatches that all implementations take

@@ -136,6 +136,8 @@ class Bench:
                     worker.close()
             except WorkerError as problem:
                 ready.pop(name, None)
+                if worker.busy:  # it was ours that failed beside it
+                    worker.end()
                 self._failed(cell, name, problem)
         if workload.net == "conv4":
             answer = workers[PEAK.name].open(workload.as_dict(), arrays, self.device)
