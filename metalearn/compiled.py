@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metalearn.episode import Episode, MetaBatch, TaskOutput
+from metalearn import parallel
+from metalearn.episode import Episode, MetaBatch
+from metalearn.meta_gradient import Differentiated, differentiate
 from metalearn.ops import native
 from metalearn.random import TaskKey
 
@@ -26,7 +28,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Result = tuple[list[Tensor], TaskOutput]
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 """Relative difference from the plain step above which a program is not used."""
 
@@ -39,17 +40,38 @@ class Unfit(Exception):
     """Why a meta-step cannot be compiled."""
 
 
-class _Program(NamedTuple):
-    """A function of tensors; `template` are the leaves of a result, `Tensor` itself where a tensor comes out."""
+class _Form(NamedTuple):
+    """How tensors make a result again: `grads` gradients, then those of the outputs, then the flag.
 
-    function: Any
-    template: list[Any]
+    `leaves` are the outputs', with `Tensor` itself in place of every tensor.
+    """
+
+    grads: int
+    leaves: list[Any]
     structure: Any
 
-    def run(self, inputs: list[Tensor]) -> Result:
-        with torch.no_grad():
-            out = iter(self.function(*inputs))
-        return self.structure.unflatten(next(out) if leaf is Tensor else leaf for leaf in self.template)  # type: ignore[no-any-return]
+
+def _taken_apart(result: Differentiated) -> tuple[list[Tensor], _Form]:
+    grads, out, finite = result
+    leaves, structure = pytree.tree_flatten(out)
+    tensors = [t for t in leaves if isinstance(t, Tensor)]
+    return [*grads, *tensors, finite], _Form(
+        len(grads), [Tensor if isinstance(t, Tensor) else t for t in leaves], structure
+    )
+
+
+class _Program(NamedTuple):
+    """A function from tensors to the tensors of a result."""
+
+    function: Any
+    form: _Form
+
+    def run(self, inputs: list[Tensor]) -> Differentiated:
+        with torch.no_grad(), parallel.one_thread():  # nothing in it is worth dividing
+            *out, finite = self.function(*inputs)
+        count, leaves, structure = self.form
+        rest = iter(out[count:])
+        return out[:count], structure.unflatten([next(rest) if leaf is Tensor else leaf for leaf in leaves]), finite
 
 
 class Compiler:
@@ -64,21 +86,21 @@ class Compiler:
         self.programs: dict[Any, _Program | None] = {}
         self.state: list[Tensor] = []
 
-    def __call__(self, learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBatch) -> Result:
-        """The same as `plain(learner, episodes, batch)`."""
+    def __call__(self, learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> Differentiated:
+        """The same as `differentiate(learner, episodes, batch)`."""
         if not self.state:  # as parameters and buffers are at any time: they are changed in place
             self.state = [*(p.detach() for p in learner.parameters()), *learner.buffers()]
         inputs = [*self.state, *episodes.support, *episodes.query, batch.key.step, batch.key.task]
         shapes = (batch.total, *((t.shape, t.dtype) for t in inputs))
         if shapes not in self.programs:
-            self.programs[shapes] = self._build(learner, plain, episodes, batch, inputs)
+            self.programs[shapes] = self._build(learner, episodes, batch, inputs)
         program = self.programs[shapes]
         if program is None:
-            return plain(learner, episodes, batch)  # type: ignore[no-any-return]
+            return differentiate(learner, episodes, batch)
         return program.run(inputs)
 
     def _build(
-        self, learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]
+        self, learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]
     ) -> _Program | None:
         size = episodes.tasks * learner.net.activation_bytes(episodes.support.x.shape[1] + episodes.query.x.shape[1])
         record = _compile if inputs[0].is_cpu else _capture
@@ -88,9 +110,9 @@ class Compiler:
         try:
             if inputs[0].is_cpu and (chunks := len(learner.chunks(episodes))) > 1:
                 raise Unfit(f"its tasks are computed in {chunks} chunks")
-            program = record(learner, plain, episodes, batch, inputs)
-            grads, out = program.run(inputs)
-            expected, plain_out = plain(learner, episodes, batch)
+            program = record(learner, episodes, batch, inputs)
+            grads, out, _ = program.run(inputs)
+            expected, plain_out, _ = differentiate(learner, episodes, batch)
             error = max(_difference(grads, expected), _difference([out.loss], [plain_out.loss]))
             if not error < TOLERANCE[inputs[0].dtype]:
                 raise Unfit(f"the compiled step differs from the plain one by {error:.1e}")
@@ -102,23 +124,21 @@ class Compiler:
         return program
 
 
-def _compile(learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]) -> _Program:
+def _compile(learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]) -> _Program:
     parameters, buffers = [n for n, _ in learner.named_parameters()], [n for n, _ in learner.named_buffers()]
-    template: list[Any] = []
-    structure: Any = None
+    form: _Form | None = None
 
     def step(*leaves: Tensor) -> tuple[Tensor, ...]:
-        nonlocal template, structure
+        nonlocal form
         rest = list(leaves[len(parameters) + len(buffers) :])
         state = dict(zip([*parameters, *buffers], leaves, strict=False))
         support, query = type(episodes.support)(*rest[:2]), type(episodes.query)(*rest[2:4])
         key = TaskKey(batch.key.key, rest[4], rest[5])
         part = Episode(support, query, {})
         with torch.nn.utils.stateless._reparametrize_module(learner, state):
-            result = plain(learner, part, batch._replace(episodes=part, key=key))
-        flat, structure = pytree.tree_flatten(result)
-        template = [Tensor if isinstance(t, Tensor) else t for t in flat]
-        return tuple(t for t in flat if isinstance(t, Tensor))
+            result = differentiate(learner, part, batch._replace(episodes=part, key=key))
+        tensors, form = _taken_apart(result)
+        return tuple(tensors)
 
     enabled, native.enabled = native.enabled, False
     try:
@@ -129,11 +149,13 @@ def _compile(learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBat
     graph.recompile()
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the compiler's own, about itself
-        function = torch._inductor.compile(graph, list(inputs), options={"cpp_wrapper": True})
-    return _Program(function, template, structure)
+        options = {"cpp_wrapper": True, "cpp.threads": 1}
+        function = torch._inductor.compile(graph, list(inputs), options=options)
+    assert form is not None
+    return _Program(function, form)
 
 
-def _capture(learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]) -> _Program:
+def _capture(learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]) -> _Program:
     """A CUDA graph: parameters and buffers are read where they are, everything else is copied in."""
     fresh = 6  # tensors of one meta-step's tasks: the last of the inputs
     held = [t.clone() for t in inputs[-fresh:]]
@@ -144,20 +166,19 @@ def _capture(learner: MetaLearner, plain: Any, episodes: Episode, batch: MetaBat
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):  # libraries choose their kernels and allocate before the capture
         for _ in range(3):
-            plain(learner, part, fixed)
+            differentiate(learner, part, fixed)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        result = plain(learner, part, fixed)
-    flat, structure = pytree.tree_flatten(result)
-    tensors = [t for t in flat if isinstance(t, Tensor)]
+        result = differentiate(learner, part, fixed)
+    tensors, form = _taken_apart(result)
 
     def replay(*now: Tensor) -> list[Tensor]:
         torch._foreach_copy_(held, list(now[-fresh:]))
         graph.replay()
         return tensors  # overwritten by the next replay
 
-    return _Program(replay, [Tensor if isinstance(t, Tensor) else t for t in flat], structure)
+    return _Program(replay, form)
 
 
 def _difference(actual: list[Tensor], expected: list[Tensor]) -> float:

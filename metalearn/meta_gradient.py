@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from metalearn.learner import MetaLearner
 
 
+Differentiated = tuple[list[Tensor], TaskOutput, Tensor]
+
+
 class MetaGradient(NamedTuple):
     """What one outer update needs.
 
@@ -40,15 +43,21 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
     """The gradient of `learner.outer` (plus the regularizer's penalty) over the tasks of all ranks."""
     regularizer = learner.regularizer
     episodes = regularizer.episodes(batch.episodes, batch.key)
-    work = _coupled if learner.couples_tasks else _separable
-    grads, out = (
-        learner.compiler(learner, work, episodes, batch) if learner.compiler else work(learner, episodes, batch)
-    )
+    grads, out, finite = (learner.compiler or differentiate)(learner, episodes, batch)
     seen = task_mean(out.seen)
     state = {k: v.mean(0) for k, v in out.state.items()}
     if _ranks() > 1:
         seen, state = _all_reduce(grads, seen, state, out.loss.shape[0] / batch.total)
-    return MetaGradient(grads, out.loss, _finite(grads, out.loss), seen, state)
+        finite = finite.to(torch.int32)
+        dist.all_reduce(finite, op=dist.ReduceOp.MIN)
+    return MetaGradient(grads, out.loss, bool(finite), seen, state)
+
+
+def differentiate(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> Differentiated:
+    """The gradient over this rank's tasks, their outputs, and whether losses and gradients are finite."""
+    grads, out = (_coupled if learner.couples_tasks else _separable)(learner, episodes, batch)
+    largest = torch.stack(torch._foreach_norm([*grads, out.loss], float("inf")))  # NaN and infinity come through
+    return grads, out, largest.isfinite().all()
 
 
 def bad_tasks(loss: Tensor, batch: MetaBatch) -> list[int]:
@@ -65,7 +74,7 @@ def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tup
     """Each chunk's graph is built, differentiated and freed by itself: the objective is a mean over tasks."""
     rewrite = learner.regularizer.overrides("task_gradients")
 
-    def differentiate(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
+    def work(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
         part = episodes.select(chunk)
         theta = _leaves(learner, part.tasks if rewrite else None)
         out = learner.task_loss(theta, part, batch.key.select(chunk))
@@ -73,7 +82,7 @@ def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tup
         objective = out.loss.sum() if rewrite else learner.outer(theta, part, out) * share
         return _grad([objective], theta), _detached(out._replace(prediction=None, phi={}, aux={}))
 
-    pieces = parallel.over(differentiate, learner.chunks(episodes), episodes.support.x.device)
+    pieces = parallel.over(work, learner.chunks(episodes), episodes.support.x.device)
     if not rewrite:
         total, out = next(pieces)
         outputs = [out]
@@ -164,15 +173,6 @@ def _join(parts: list[TaskOutput]) -> TaskOutput:
 
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _finite(grads: list[Tensor], loss: Tensor) -> bool:
-    largest = torch.stack(torch._foreach_norm([*grads, loss], float("inf")))  # NaN and infinity come through
-    flag = largest.isfinite().all()
-    if _ranks() > 1:
-        flag = flag.to(torch.int32)
-        dist.all_reduce(flag, op=dist.ReduceOp.MIN)
-    return bool(flag)
 
 
 def _all_reduce(grads: list[Tensor], seen: Statistics, state: dict[str, Any], share: float) -> Any:

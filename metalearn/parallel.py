@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -31,9 +32,19 @@ def over(work: Callable[[T], R], parts: Sequence[T], device: torch.device) -> It
     if device.type != "cpu" or threads == 1:
         yield from map(work, parts)
         return
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # partly a setting of the whole process
-    try:
+    with one_thread():
         yield from _pool(threads).map(work, parts)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """No threads inside operators meanwhile (partly a setting of the whole process)."""
+    before = torch.get_num_threads()
+    if before == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
     finally:
         torch.set_num_threads(before)
