@@ -150,15 +150,18 @@ def test_patches_are_computed_once_for_a_tensor_and_again_when_it_changes():
 
 
 @pytest.mark.parametrize("threads", [2, 3])
-def test_threads_change_no_bit(threads):
-    x, gamma = normal(5, 3, 4, 6, 6, seed=1), gammas(5, 4)
-    w = normal(5, 3, 4, 3, 3, seed=2)
+@pytest.mark.parametrize(("tasks", "channels"), [(5, 4), (1, 70), (2, 33)])
+def test_threads_change_no_bit(tasks, channels, threads):
+    """Split by tasks, or, where they are fewer than threads, by channels as well."""
+    x, gamma = normal(tasks, 3, channels, 6, 6, seed=1), gammas(tasks, channels)
+    w = normal(tasks, channels, 4, 3, 3, seed=2).requires_grad_()
 
     def both() -> list[Tensor]:
-        return [
-            norm_relu_pool(x, gamma, gamma, None, pool=2, layer="n", eps=1e-5, norm=Normalization()),
-            stem.stem(x, w, None, None, None, layer="n", eps=1e-5, norm=Normalization()),
-        ]
+        leaf = x.clone().requires_grad_()
+        block = norm_relu_pool(leaf, gamma, gamma, None, pool=2, layer="n", eps=1e-5, norm=Normalization())
+        first = stem.stem(x[:, :, :4], w, None, None, None, layer="n", eps=1e-5, norm=Normalization())
+        slopes = torch.autograd.grad((block.square().sum() + first.square().sum()), (leaf, w), create_graph=True)
+        return [block, first, *slopes, *torch.autograd.grad(sum(s.square().sum() for s in slopes), (leaf, w))]
 
     before = torch.get_num_threads()
     try:

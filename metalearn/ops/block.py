@@ -78,7 +78,7 @@ class _Shape(ctypes.Structure):
     """The kernels' `Block`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "channels", "height", "width", "pool")),
+        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "channels", "height", "width", "pool", "parts")),
         ("full", Strides),
         ("pooled", Strides),
     ]
@@ -89,15 +89,17 @@ def _pooled(shape: tuple[int, ...], pool: int) -> tuple[int, ...]:
 
 
 @functools.lru_cache(1024)
-def _shape(shape: tuple[int, ...], beside: bool, sets: int, pool: int) -> _Shape:
+def _shape(shape: tuple[int, ...], beside: bool, sets: int, pool: int, parts: int) -> _Shape:
     tasks, n, channels, height, width = shape
     where = strides(shape, beside), strides(_pooled(shape, pool), beside)
-    return _Shape(tasks, sets, n // sets, channels, height, width, pool, *where)
+    return _Shape(tasks, sets, n // sets, channels, height, width, pool, parts, *where)
 
 
 def _call(name: str, x: Tensor, constants: _Constants, *arguments: Tensor | float) -> None:
-    shape = _shape(x.shape, bool(is_beside(x)), constants.sets, constants.pool)
-    native.call(name, shape, len(x) * constants.sets, *arguments)
+    units = len(x) * constants.sets
+    parts = native.parts(units, x.shape[2])
+    shape = _shape(x.shape, bool(is_beside(x)), constants.sets, constants.pool, parts)
+    native.call(name, shape, units * parts, *arguments)
 
 
 class _Block(Function):

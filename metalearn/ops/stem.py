@@ -114,7 +114,7 @@ class _Shape(ctypes.Structure):
     """The kernels' `Stem`."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "inputs", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("tasks", "sets", "m", "inputs", "channels", "height", "width", "parts")),
         *((name, ctypes.c_int64) for name in ("x_task", "x_example", "w_task")),
         ("pooled", Strides),
     ]
@@ -130,17 +130,19 @@ def _patch_moments(x: Tensor, sets: int) -> tuple[Tensor, Tensor]:
 
 @functools.lru_cache(1024)
 def _shape(
-    shape: tuple[int, ...], x_strides: tuple[int, ...], sets: int, beside: bool, channels: int, w_task: int
+    shape: tuple[int, ...], x_strides: tuple[int, ...], sets: int, beside: bool, channels: int, w_task: int, parts: int
 ) -> _Shape:
     tasks, n, inputs, height, width = shape
     pooled = strides((tasks, n, channels, height // 2, width // 2), beside)
-    return _Shape(tasks, sets, n // sets, inputs, channels, height, width, *x_strides[:2], w_task, pooled)
+    return _Shape(tasks, sets, n // sets, inputs, channels, height, width, parts, *x_strides[:2], w_task, pooled)
 
 
 def _call(name: str, data: _Data, channels: int, w_task: int, *tensors: Tensor) -> None:
     x, sets, beside = data
-    shape = _shape(x.shape, x.stride(), sets, beside, channels, w_task)
-    native.call(name, shape, len(x) * sets, x, *tensors)
+    units = len(x) * sets
+    parts = native.parts(units, channels)
+    shape = _shape(x.shape, x.stride(), sets, beside, channels, w_task, parts)
+    native.call(name, shape, units * parts, x, *tensors)
 
 
 def _pooled(data: _Data, channels: int, dtype: torch.dtype) -> Tensor:

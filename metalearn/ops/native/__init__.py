@@ -104,6 +104,11 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="kernel")
 
 
+def parts(units: int, channels: int) -> int:
+    """Into how many parts of its channels each unit is to be divided, so that no thread is idle."""
+    return max(1, min(-(-torch.get_num_threads() // units), channels // 16))
+
+
 @functools.cache
 def _function(library: Library, name: str, arguments: str) -> Any:
     """A kernel that takes a shape, a range of units, and tensors (`p`) or numbers (`d`)."""

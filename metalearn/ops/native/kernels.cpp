@@ -2,8 +2,8 @@
 //
 // An activation [tasks, n, channels, H, W] lies in memory with the channels of a pixel side by side; tasks may be the
 // slowest axis or lie beside the channels (`Layout` says where). Each call works on a range of units, one unit being
-// one task and set of examples, so that callers may split a call among threads: no two units share an output. Every
-// call returns 0, or 1 when there was no memory for scratch space.
+// one task and set of examples (or some of its channels), so that callers may split a call among threads: no two units
+// share an output. Every call returns 0, or 1 when there was no memory for scratch space.
 
 #include <cmath>
 #include <cstdint>
@@ -26,8 +26,22 @@ struct Layout {
 
 // What a batch-norm, ReLU and pooling layer looks like. `m` examples make a set with statistics of its own.
 struct Block {
-    int64_t tasks, sets, m, channels, height, width, pool;
+    int64_t tasks, sets, m, channels, height, width, pool, parts;
     Layout full, pooled;
+};
+
+// Which channels a unit has: each task and set in `parts` parts of whole vectors.
+struct Unit {
+    int64_t task, set, first, last;
+
+    template <class S> Unit(const S &s, int64_t unit) {
+        const int64_t part = unit % s.parts, vectors = (s.channels + LANES - 1) / LANES;
+        task = unit / s.parts / s.sets;
+        set = unit / s.parts % s.sets;
+        first = vectors * part / s.parts * LANES;
+        last = vectors * (part + 1) / s.parts * LANES;
+        if (last > s.channels) last = s.channels;
+    }
 };
 
 #define ALWAYS static inline __attribute__((always_inline))
@@ -316,12 +330,12 @@ ALWAYS void twice(const Block &b, int64_t task, int64_t set, int64_t c, int k, c
 // Channels in groups of 4 and of 1 vectors, and a part of a vector at the end.
 #define EACH_CHANNEL(KERNEL, P, ...)                                                                  \
     for (int64_t unit = first; unit < last; unit++) {                                                 \
-        const int64_t task = unit / b->sets, set = unit % b->sets;                                    \
-        int64_t c = 0;                                                                                \
-        for (; c + 4 * LANES <= b->channels; c += 4 * LANES)                                          \
-            KERNEL<4, P>(*b, task, set, c, LANES, __VA_ARGS__);                                       \
-        for (; c + LANES <= b->channels; c += LANES) KERNEL<1, P>(*b, task, set, c, LANES, __VA_ARGS__); \
-        if (c < b->channels) KERNEL<1, P>(*b, task, set, c, (int)(b->channels - c), __VA_ARGS__);     \
+        const Unit at(*b, unit);                                                                      \
+        int64_t c = at.first;                                                                         \
+        for (; c + 4 * LANES <= at.last; c += 4 * LANES)                                              \
+            KERNEL<4, P>(*b, at.task, at.set, c, LANES, __VA_ARGS__);                                 \
+        for (; c + LANES <= at.last; c += LANES) KERNEL<1, P>(*b, at.task, at.set, c, LANES, __VA_ARGS__); \
+        if (c < at.last) KERNEL<1, P>(*b, at.task, at.set, c, (int)(at.last - c), __VA_ARGS__);       \
     }
 #define EACH_UNIT(KERNEL, ...)                       \
     if (b->pool == 2) {                              \
@@ -359,7 +373,7 @@ extern "C" int block_twice(const Block *b, int64_t first, int64_t last, const RE
 // stored. With the chosen pixels fixed, v is linear in w: `push` is that map, `pull` its adjoint.
 
 struct Stem {
-    int64_t tasks, sets, m, inputs, channels, height, width;
+    int64_t tasks, sets, m, inputs, channels, height, width, parts;
     int64_t x_task, x_example;  // strides of x, whose pictures are [inputs][height][width]
     int64_t w_task;             // stride of the filters, [9 inputs][channels]; 0 when all tasks share them
     Layout pooled;
@@ -569,14 +583,15 @@ ALWAYS void pull(const Stem &s, const REAL *padded, const REAL *g, const REAL *p
     const REAL *padded = scratch.memory;                                                        \
     if (!padded) return 1;                                                                      \
     for (int64_t unit = first; unit < last; unit++) {                                           \
-        const int64_t task = unit / s.sets, set = unit % s.sets, row = unit * s.channels;       \
+        const Unit who(s, unit);                                                                \
+        const int64_t task = who.task, set = who.set, own = task * s.sets + set, row = own * s.channels; \
         for (int64_t e = 0; e < s.m; e++) {                                                     \
             pad(s, x + task * s.x_task + (set * s.m + e) * s.x_example, nullptr, scratch.memory); \
             const int64_t at = task * s.pooled.task + (set * s.m + e) * s.pooled.example;       \
-            int64_t c = 0;                                                                      \
-            for (; c + MOST * LANES <= s.channels; c += MOST * LANES) BODY(MOST, LANES)         \
-            for (; c + LANES <= s.channels; c += LANES) BODY(1, LANES)                          \
-            if (c < s.channels) BODY(1, (int)(s.channels - c))                                  \
+            int64_t c = who.first;                                                              \
+            for (; c + MOST * LANES <= who.last; c += MOST * LANES) BODY(MOST, LANES)           \
+            for (; c + LANES <= who.last; c += LANES) BODY(1, LANES)                            \
+            if (c < who.last) BODY(1, (int)(who.last - c))                                      \
         }                                                                                       \
     }                                                                                           \
     return 0;
@@ -600,7 +615,7 @@ extern "C" int stem_push(const Stem *p, int64_t first, int64_t last, const REAL 
 extern "C" int stem_pull(const Stem *p, int64_t first, int64_t last, const REAL *x, const REAL *g, const REAL *picked,
                          const uint8_t *choice, REAL *dw, REAL *sum_gv, REAL *sum_g) {
 #define PULL(U, K)                                                                                                  \
-    pull<U>(s, padded, g + at + c, picked + at + c, choice + at + c, K, dw + unit * 9 * s.inputs * s.channels + c,  \
+    pull<U>(s, padded, g + at + c, picked + at + c, choice + at + c, K, dw + own * 9 * s.inputs * s.channels + c,  \
             sum_gv + row + c, sum_g + row + c);
     EACH_PICTURE(2, PULL)
 }
