@@ -1,5 +1,6 @@
 """The benchmark: operation counts, statistics, reports, the command line, workers."""
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -15,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from metalearn.bench import command, report
 from metalearn.bench.ours import Subject
-from metalearn.bench.peers import IMPLEMENTATIONS, OURS, Implementation
+from metalearn.bench.peers import IMPLEMENTATIONS, OURS, SCRIPTS, Implementation
 from metalearn.bench.process import Setting, Worker, WorkerError
 from metalearn.bench.rounds import Bench, Log, checked, distance
 from metalearn.bench.statistics import paired_ratio, spread
@@ -339,6 +340,30 @@ def test_batch_norm_under_vmap_has_a_wrong_second_derivative():
     (alone,) = torch.autograd.grad(sum(slope(part) for part in x), x)
     (mapped,) = torch.autograd.grad(vmap(slope)(x).sum(), x)
     assert not torch.allclose(mapped, alone)
+
+
+def test_a_peer_that_cannot_be_built_leaves_its_error(monkeypatch, tmp_path):
+    """It does not stop the others, and is tried again by the next call; what is built is left alone."""
+    spec = importlib.util.spec_from_file_location("build_peers", SCRIPTS / "build.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    tried = []
+
+    def build(peer):
+        tried.append(peer)
+        if peer == "higher":
+            raise subprocess.CalledProcessError(1, "pip", stderr="trying\nERROR: no such version\nhint: none")
+        return ["jax==1"]
+
+    monkeypatch.setattr(script, "CACHE", tmp_path)
+    monkeypatch.setattr(script, "build", build)
+    monkeypatch.setattr("metalearn.bench.peers.CACHE", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["build.py", "higher", "jax"])
+    assert [script.main(), script.main()] == [0, 0] and tried == ["higher", "jax", "higher"]
+    assert IMPLEMENTATIONS["higher"].missing() == "not built: ERROR: no such version"
+    assert IMPLEMENTATIONS["jax"].missing() is None
+    monkeypatch.setattr(sys, "argv", ["build.py", "nobody"])
+    assert script.main() == 2
 
 
 def test_implementations_are_found_by_the_worker():

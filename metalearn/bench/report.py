@@ -202,7 +202,8 @@ def chart(records: Sequence[Record]) -> str:
     wait = "default" if "default" in waits or not waits else waits[0]
     entries = [e for e in entries if (e["threads"], e["wait"]) == (threads, wait)]
     longest = max((e["ratio"]["high"] for e in entries), default=1.0)
-    scale = (WIDTH - LEFT - 60) / math.log2(max(2.0, 2 * longest))
+    origin = min(0.5, *(e["ratio"]["low"] / 1.5 for e in entries)) if entries else 0.5
+    scale = (WIDTH - LEFT - 60) / math.log2(longest / origin)
     y, body = (
         40,
         [_text(10, 22, f"Time of a meta-step over ours, {Setting(threads, wait)} (logarithmic; ours = 1)", 14)],
@@ -212,7 +213,7 @@ def chart(records: Sequence[Record]) -> str:
         body.append(_text(10, y - 6, workload, 12, "bold"))
         for e in (e for e in entries if e["workload"] == workload):
             r, ours = e["ratio"], e["implementation"] == OURS
-            x = [LEFT + scale * (1 + math.log2(max(0.5, r[k]))) for k in ("low", "median", "high")]
+            x = [LEFT + scale * math.log2(r[k] / origin) for k in ("low", "median", "high")]
             middle, colour = y + BAR / 2, "#c2410c" if ours else "#64748b"
             body.append(_text(20, y + BAR - 3, IMPLEMENTATIONS[e["implementation"]].title, 11))
             body.append(f'<rect x="{LEFT}" y="{y}" width="{x[1] - LEFT:.1f}" height="{BAR}" fill="{colour}"/>')

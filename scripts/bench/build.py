@@ -64,7 +64,7 @@ def main() -> int:
             result["versions"] = build(peer)
         except subprocess.CalledProcessError as error:
             text = (error.stderr or "").strip().splitlines()
-            lines = [line for line in text if "rror" in line] or text or [str(error)]
+            lines = [line for line in text if "error" in line.lower()] or text or [str(error)]
             result["error"] = lines[-1][:300]
             print(f"{peer}: {result['error']}", file=sys.stderr)
             (CACHE / f"{peer}.log").write_text("\n".join(text))
