@@ -21,7 +21,21 @@ Trajectory = list[Params]
 
 def per_task(params: Params, tasks: int, shapes: dict[str, torch.Size]) -> Params:
     """Give every leaf a task axis: shared leaves (of the shape in `shapes`) are expanded, others kept."""
-    return {k: p.expand(tasks, *p.shape) if p.dim() == len(shapes[k]) else p for k, p in params.items()}
+    return {k: _ForEachTask.apply(p, tasks) if p.dim() == len(shapes[k]) else p for k, p in params.items()}
+
+
+class _ForEachTask(Function):
+    """`expand` by a first axis; gradients are summed in their own memory order, which may not be that of p."""
+
+    @staticmethod
+    def forward(ctx: Any, p: Tensor, tasks: int) -> Tensor:
+        return p.expand(tasks, *p.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        order = sorted(range(1, grads[0].dim()), key=lambda d: -grads[0].stride(d))
+        total = grads[0].permute(0, *order).sum(0)
+        return total.permute([order.index(d) for d in range(1, grads[0].dim())]), None
 
 
 def gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:
@@ -146,7 +160,7 @@ class _GradientDescent(Function):
             if any(wanted[n : 2 * n]):
                 to_rates = _add(to_rates, [_rate_gradient(g, x, r) for g, x, r in zip(grads, v, rates, strict=True)])
             if ctx.adjoint:
-                pulled = _pull_back(grads, [-(r * x) for r, x in zip(rates, v, strict=True)], [*at, *inputs])
+                pulled = _pull_back(grads, [x * -r for r, x in zip(rates, v, strict=True)], [*at, *inputs])
                 v, to_inputs = _add(v, pulled[:n]), _add(to_inputs, pulled[n:])
         pending = iter(to_inputs)
         to_context = [next(pending) if w and ctx.adjoint else None for w in wanted[2 * n :]]

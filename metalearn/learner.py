@@ -25,7 +25,7 @@ from metalearn.optim import OuterOptimizer, clipped
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
-CHUNK_BYTES = {"cpu": 8 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
+CHUNK_BYTES = {"cpu": 12 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
 OWN = "regularizer."  # prefix of a regularizer's parameters among those of the network
 When = Literal["inner", "query"]
 Scores = dict[tuple[str, int], tuple[Tensor, Tensor]]

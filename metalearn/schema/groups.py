@@ -43,7 +43,7 @@ class Trainer:
     threads: int = key(0, "CPU threads of a process; 0 leaves the library's choice", ge=0, touches="none")
     chunk_mib: float = key(
         0.0,
-        "activations (MiB) of the tasks that are computed at once; 0 for 8 on a CPU and 2048 on a GPU",
+        "activations (MiB) of the tasks that are computed at once; 0 for 12 on a CPU and 2048 on a GPU",
         ge=0,
         touches="none",
     )
