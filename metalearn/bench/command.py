@@ -24,7 +24,7 @@ from metalearn.schema.keys import nearest
 
 WAITING = ("W1", "W1q", "W4", "W4k5")
 """Workloads that are measured with passive waiting too, unless it is asked for."""
-QUICK = {"workloads": "W1,W4", "peers": "learn2learn,vmap,vmap8", "minutes": 1.2}
+QUICK = {"workloads": "W1,W4", "peers": "learn2learn,vmap,vmap8", "minutes": 0.5}
 
 DESCRIPTION = """Time meta-steps, ours and those of other libraries, in interleaved rounds.
 

@@ -73,12 +73,15 @@ class Worker:
         request = {"workload": workload, "arrays": str(arrays), "device": device, "gradient": where, "memory": memory}
         return self.ask(request)
 
-    def run(self, steps: int) -> dict[str, float]:
-        """Time some steps: `seconds` and `cpu_seconds` of one, and how many cores `others` used meanwhile."""
+    def run(self, steps: int, at_most: float = 60.0) -> dict[str, float]:
+        """Time some steps: `seconds` and `cpu_seconds` of one, and how many cores `others` used meanwhile.
+
+        It may be fewer steps: none is begun after `at_most` seconds.
+        """
         before = busy_seconds()
-        answer = self.ask({"steps": steps})
+        answer = self.ask({"steps": steps, "at_most": at_most})
         others = (busy_seconds() - before - answer["cpu_seconds"]) / answer["seconds"]
-        return {k: answer[k] / steps for k in ("seconds", "cpu_seconds")} | {"others": max(0.0, others)}
+        return {k: answer[k] / answer["steps"] for k in ("seconds", "cpu_seconds")} | {"others": max(0.0, others)}
 
     def close(self) -> None:
         """End the workload; its memory is free again."""

@@ -173,7 +173,7 @@ class Bench:
                 self._sample(cell, workers, who, number, step[who])
 
     def _sample(self, cell: Record, workers: dict[str, Worker], name: str, number: int, seconds: float) -> None:
-        sample = workers[name].run(max(1, round(SLOT / max(seconds, 1e-6))))
+        sample = workers[name].run(max(1, round(SLOT / max(seconds, 1e-6))), at_most=2 * SLOT)
         self.log.add("sample", **cell, implementation=name, round=number, **sample)
 
     def _next(self, cell: Record) -> int:

@@ -10,7 +10,7 @@ and one answer a line goes out on standard output:
 
     {"workload": {...}, "arrays": path, "device": "cpu", "gradient": path, "memory": true}   the first of a workload
         {"loss": .., "first_seconds": .., "peak_bytes": .. or null, "flop": of a step, where it knows}
-    {"steps": n}        {"seconds": .., "cpu_seconds": ..}
+    {"steps": n, "at_most": seconds}        {"steps": done, "seconds": .., "cpu_seconds": ..}
     {"close": true}     {"closed": true}
 
 or {"error": "..."}; then the workload is closed.
@@ -70,7 +70,7 @@ def handle(request: dict, module: str, variant: str, answers) -> None:
             if message.get("close"):
                 answer(answers, closed=True)
                 return
-            answer(answers, **timed(subject, message["steps"]))
+            answer(answers, **timed(subject, message["steps"], message["at_most"]))
     except Exception as error:
         traceback.print_exc()
         answer(answers, error=f"{type(error).__name__}: {error}"[:500])
@@ -89,14 +89,16 @@ def first(subject, request: dict) -> dict:
     return {"loss": loss, "first_seconds": seconds, "peak_bytes": peak, "flop": getattr(subject, "flop", None)}
 
 
-def timed(subject, steps: int) -> dict:
-    """Wall and CPU time (of all threads) of some steps."""
+def timed(subject, steps: int, at_most: float = float("inf")) -> dict:
+    """Wall and CPU time (of all threads) of some steps; none is begun after `at_most` seconds."""
     subject.sync()
     cpu, wall = time.process_time(), time.perf_counter()
-    for _ in range(steps):
+    done = 0
+    while done < steps and time.perf_counter() - wall < at_most:
         subject.step()
+        done += 1
     subject.sync()
-    return {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
+    return {"steps": done, "seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
 
 
 def peak_bytes(subject, device: str, anonymous: int) -> int | None:
