@@ -14,7 +14,7 @@ import torch
 from torch.func import grad, vmap
 from torch.utils.flop_counter import FlopCounterMode
 
-from metalearn.bench import command, report
+from metalearn.bench import command, peak, report
 from metalearn.bench.ours import Subject
 from metalearn.bench.peers import IMPLEMENTATIONS, OURS, SCRIPTS, Implementation
 from metalearn.bench.process import Setting, Worker, WorkerError
@@ -368,3 +368,11 @@ def test_a_peer_that_cannot_be_built_leaves_its_error(monkeypatch, tmp_path):
 
 def test_implementations_are_found_by_the_worker():
     assert all(isinstance(i, Implementation) and i.name == name for name, i in IMPLEMENTATIONS.items())
+
+
+def test_the_peak_counts_the_operations_that_it_times():
+    """Of the fastest shape, whichever that was."""
+    for shapes in ((2, 4, 6), (1, 3, 20)), ((1, 3, 20), (2, 4, 6)):
+        subject = peak.Subject("cpu", shapes)
+        x, w = subject.tensors
+        assert subject.flop == 2 * x.numel() * w[0].numel()
