@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metalearn.algorithms import MAML, ProtoNet
-from metalearn.backbones import Module, module
+from metalearn.backbones import Module, chain, module, plain
 from metalearn.cells import _contents, expand
 from metalearn.episode import Episode
 from metalearn.meta_gradient import meta_gradient
 from metalearn.random import Key
+from metalearn.run import run
 from metalearn.schema import BadInput
 
 SHAPE = (2, 6, 6)
@@ -206,10 +207,14 @@ def test_the_plain_path_is_the_fast_path(factory, monkeypatch):
     episodes = oracles.curves() if flat else oracles.pictures()
     kind, given = ("regression", {"outputs": 1, "shape": (2,)}) if flat else ("classification", {})
     fast = learner_of(make(factory, **given), kind)
-    monkeypatch.setattr(module, "_chain", lambda *_: (_ for _ in ()).throw(module.Uncovered("a test")))
-    plain = learner_of(make(factory, **given), kind)
-    assert plain.net.stages == ["head"] and len(fast.net.stages) > 1
-    results = [meta_gradient(learner, meta_batch(episodes)) for learner in (fast, plain)]
+
+    def nothing(*_):
+        raise chain.Uncovered("a test")
+
+    monkeypatch.setattr(module, "chain", nothing)
+    slow = learner_of(make(factory, **given), kind)
+    assert slow.net.stages == ["head"] and len(fast.net.stages) > 1
+    results = [meta_gradient(learner, meta_batch(episodes)) for learner in (fast, slow)]
     assert_close(results[0].loss, results[1].loss)
     assert distance(results[0].grads, results[1].grads) < ROUNDING
 
@@ -223,6 +228,23 @@ def test_parameters_may_be_shared_or_one_per_task_leaf_by_leaf():
         tasks = [{k: p[i] if k in which else p for k, p in params.items()} for i in range(4)]
         expected = torch.stack([functional_call(user, t, (z,)) for t, z in zip(tasks, x, strict=True)])
         assert_close(net.run(params, x), expected)
+
+
+def repeated(*, input_shape, outputs):
+    act = nn.ReLU()
+    return nn.Sequential(nn.Flatten(), nn.Linear(72, 5), act, nn.Linear(5, 5), act, nn.Linear(5, outputs))
+
+
+def shared(*, input_shape, outputs):
+    layer = nn.Linear(72, 72)
+    return nn.Sequential(nn.Flatten(), layer, nn.ReLU(), layer, nn.Linear(72, outputs))
+
+
+@pytest.mark.parametrize("factory", [repeated, shared])
+def test_layers_that_come_twice(factory):
+    net = make(factory)
+    assert (net.stages == ["head"]) == (factory is shared)
+    assert_like_the_loop(learner_of(net), oracles.pictures())
 
 
 def test_threads_do_not_share_a_module():
@@ -239,13 +261,11 @@ def test_threads_do_not_share_a_module():
 
 def test_features_for_prototypes():
     """Without outputs the sites end with `feat`."""
-    for factory, shape in ((gelu, (2, 6, 6)),):
-        net = make(factory, 0, shape)
-        assert net.sites[-1] == "feat"
-        learner = oracles.build(ProtoNet, net, "classification")
-        assert meta_gradient(learner, meta_batch(oracles.pictures())).finite
-    net = Module(input_shape=(2,), outputs=0, factory=f"{__name__}:embedding")
-    assert net.sites == ["input", "block1", "feat"]
+    net = make(gelu, 0)
+    assert net.sites == ["input", "feat"]
+    learner = oracles.build(ProtoNet, net, "classification")
+    assert meta_gradient(learner, meta_batch(oracles.pictures())).finite
+    assert make(embedding, 0, (2,)).sites == ["input", "block1", "feat"]
 
 
 def embedding(*, input_shape, outputs):
@@ -285,9 +305,9 @@ def test_initial_parameters_depend_on_the_seed_alone(factory, init):
         net.reset(Key(seed, "init"))
         return dict(net.state_dict())
 
-    before = module._generators()
+    before = plain.generators()
     first = draw(0)
-    assert module._generators() == before
+    assert plain.generators() == before
     torch.manual_seed(7)
     random.seed(7)
     np.random.seed(7)  # noqa: NPY002
@@ -334,6 +354,15 @@ def test_the_path_and_its_reason_are_logged_once(factory, level, parts, caplog):
         assert part in record.getMessage()
 
 
+def slow_averages(*, input_shape, outputs):
+    return nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3, momentum=0.01), nn.Flatten(), nn.Linear(48, outputs))
+
+
+def test_running_averages_are_the_learners(caplog):
+    make(slow_averages)
+    assert "running averages of batch norm have momentum 0.1" in caplog.text
+
+
 class Peculiar(nn.Module):
     def __init__(self, forward, **buffers):
         super().__init__()
@@ -359,6 +388,26 @@ def wrong_outputs(*, input_shape, outputs):
 
 def wrong_inputs(*, input_shape, outputs):
     return nn.Sequential(nn.Flatten(), nn.Linear(71, outputs))
+
+
+def wrong_head(*, input_shape, outputs):
+    return nn.Sequential(block(2, 3), nn.Flatten(), nn.Linear(12, outputs))
+
+
+def too_deep(*, input_shape, outputs):
+    return nn.Sequential(block(2, 3), block(3, 3), block(3, 3), nn.Flatten(), nn.Linear(3, outputs))
+
+
+def batch_norm_deep(*, input_shape, outputs):
+    return nn.Sequential(block(2, 3), nn.GELU(), nn.Flatten(), nn.Linear(27, outputs))
+
+
+def summed(*, input_shape, outputs):
+    return Peculiar(lambda m, x: (x.flatten(1) @ m.w).sum())
+
+
+def detached(*, input_shape, outputs):
+    return Peculiar(lambda m, x: (x.flatten(1) @ m.w).detach())
 
 
 def batch_norm(*, input_shape, outputs):
@@ -414,17 +463,22 @@ def failing(*, input_shape, outputs):
         (no_arguments, r"called with input_shape=\(2, 6, 6\), outputs=3 it raised TypeError: .*unexpected keyword"),
         (failing, r"RuntimeError: of the user's own \(.*test_module.py:\d+\)"),
         (wrong_outputs, r"must map \[n, 2, 6, 6\] to \[n, 3\], and gives \[n, 4\]"),
-        (wrong_inputs, r"\[2, 6, 6\] raised RuntimeError: mat1 and mat2"),
-        (batch_norm, r"BatchNorm1d\(4.* is not covered .*use GroupNorm in place of '2' \(BatchNorm1d\)"),
-        (dropout, r"random numbers, .*leave out '1' \(Dropout\(p=0.5"),
-        (noise, "random numbers"),
-        (in_place, "changes its input in place"),
-        (counting, "changes buffer count"),
+        (wrong_inputs, r"a forward pass of \[3, 2, 6, 6\] raised RuntimeError: mat1 and mat2"),
+        (wrong_head, r"a forward pass of \[3, 2, 6, 6\] raised RuntimeError: mat1 and mat2"),
+        (too_deep, r"a forward pass of \[3, 2, 6, 6\] raised RuntimeError"),
+        (batch_norm, r"batch norm \(layer '2'\) .*alone, and layer '2' \(BatchNorm1d\(.* is not covered"),
+        (batch_norm_deep, r"batch norm \(layer '0.1'\) .*alone, and layer '1' \(GELU\(.* is not covered"),
+        (dropout, r"no random numbers .*leave out layer '1' \(Dropout\(p=0.5"),
+        (noise, "no random numbers"),
+        (in_place, "must not change its input in place"),
+        (counting, "changes its buffer 'count'"),
         (mixing, "independently of the others"),
-        (tuples, "must give a tensor .*and gives tuple"),
-        (frozen, "must be a buffer, .*1.bias"),
-        (lazy, "lazy layers .*1.weight"),
-        (empty, "no parameters"),
+        (tuples, "to a tensor, and gives tuple"),
+        (summed, r"to \[3, ...\], and gives \[\]"),
+        (detached, "depend differentiably on its parameters"),
+        (frozen, "'1.bias' needs no gradient"),
+        (lazy, "'1.weight' is lazy"),
+        (empty, "must have parameters to learn, and Flatten has none"),
     ],
 )
 def test_modules_that_cannot_be_used_are_refused(factory, message):
@@ -469,13 +523,16 @@ SOURCE = """
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A user's package in the working directory, whose import says so."""
+    """A user's package in the working directory, which cannot be imported while NO is set."""
     folder = tmp_path / "work" / "my_package"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("import os\nassert 'NO' not in os.environ, 'imported'\n")
     (folder / "nets.py").write_text(textwrap.dedent(SOURCE))
     monkeypatch.chdir(folder.parent)
-    return folder
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield folder
+    for name in [name for name in sys.modules if name.startswith("my_package")]:
+        del sys.modules[name]
 
 
 USER = ("backbone=module", "backbone.factory=my_package.nets:make_net")
@@ -539,33 +596,52 @@ def test_a_factory_is_required():
         cell("backbone=module")
 
 
-def test_runs_of_a_users_module(package, tmp_path):
-    """Both paths from the command line, ANIL too; the second start has the same name and only reports."""
-    out = tmp_path / "out"
-    steps = ("trainer.max_steps=3", "trainer.val_every=0")
-    plain = runs.console(out, *steps, *USER, "backbone.arguments.width=6", "algorithm=anil", cwd=package.parent)
-    assert plain.returncode == 0, plain.stderr
-    said = plain.stdout + plain.stderr
+def test_a_run_of_a_users_module(package, tmp_path):
+    """From the command line, on the plain path."""
+    steps = ("trainer.max_steps=3", "trainer.val_every=0", "algorithm=anil")
+    ended = runs.console(tmp_path, *steps, *USER, "backbone.arguments.width=6", cwd=package.parent)
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout + ended.stderr
     assert said.count("plain path, because a Net as a whole is not covered") == 1
-    (found,) = (out / "runs").glob("*/result.json")
+    (found,) = (tmp_path / "runs").glob("*/result.json")
     result = json.loads(found.read_text())
     assert result["config"]["backbone"]["arguments"] == {"width": 6} and result["metrics"]["mse"]["n"] == 9
-    again = runs.console(out, *steps, *USER, "backbone.arguments.width=6", "algorithm=anil", cwd=package.parent)
-    assert "already finished" in again.stdout + again.stderr
-    fast = runs.console(out, *steps, USER[0], "backbone.factory=my_package.nets:make_chain", cwd=package.parent)
-    assert fast.returncode == 0 and "fast path" in fast.stdout + fast.stderr
+
+
+def test_a_refused_module_ends_with_exit_code_2(package, tmp_path):
+    given = "backbone.factory=my_package.nets:make_string"
+    ended = runs.console(tmp_path, "backbone=module", given, cwd=package.parent)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert f"metalearn: {given}: must return an nn.Module, and returns str" in ended.stderr
+
+
+def test_runs_in_this_process(package, tmp_path):
+    """The same seed ends with the same bits, on both paths; a prefix that begins no parameter is refused."""
+    steps = ("trainer.max_steps=3", "trainer.val_every=2", "backbone=module")
+    for name in ("make_net", "make_chain"):
+        given = (*steps, f"backbone.factory=my_package.nets:{name}")
+        twins = [runs.cell_of(tmp_path / side, *given) for side in ("one", "other")]
+        assert [run(twin) for twin in twins] == ["done", "done"]
+        runs.assert_twins(tmp_path / "one", tmp_path / "other", twins[0])
+    with pytest.raises(BadInput, match="algorithm.adapted: begins no parameter"):
+        run(runs.cell_of(tmp_path, *given, "algorithm=anil"))
 
 
 @pytest.mark.parametrize(
-    ("factory", "message"),
+    ("function", "message"),
     [
-        ("my_package.nets:make_string", "must return an nn.Module, and returns str"),
-        ("my_package.nets:make_nett", "no 'make_nett' in my_package.nets; did you mean 'make_net'?"),
-        ("my_package.nets:number", "must be callable, and number is of type int"),
+        ("make_nett", "no 'make_nett' in my_package.nets; did you mean 'make_net'?"),
+        ("number", "must be callable, and number is of type int"),
     ],
 )
-def test_bad_factories_end_with_exit_code_2(package, tmp_path, factory, message):
-    ended = runs.console(tmp_path / "out", "backbone=module", f"backbone.factory={factory}", cwd=package.parent)
-    assert ended.returncode == 2
-    assert f"metalearn: backbone.factory={factory}: {message}" in ended.stderr
-    assert "Traceback" not in ended.stderr
+def test_factories_that_are_no_functions_are_refused(package, function, message):
+    factory = f"my_package.nets:{function}"
+    with pytest.raises(BadInput) as refusal:
+        Module(input_shape=(1,), outputs=1, factory=factory)
+    assert str(refusal.value) == f"backbone.factory={factory}: {message}"
+
+
+def test_a_file_that_cannot_be_imported_is_refused(package):
+    (package / "nets.py").write_text("import torch\nno_such_name\n")
+    with pytest.raises(BadInput, match=r"importing my_package.nets failed: NameError: .*nets.py:2\)"):
+        Module(input_shape=(1,), outputs=1, factory="my_package.nets:make_net")
