@@ -8,10 +8,9 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch.utils import _pytree as pytree
 
 from metalearn.datasets.base import Dataset, Split
-from metalearn.episode import Episode, MetaBatch
+from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.random import Key, TaskKey
 from metalearn.samplers import Uniform
 
@@ -111,8 +110,10 @@ class Episodes(pl.LightningDataModule):
 
 def _unstack(together: Episode, count: int) -> Iterator[Episode]:
     """`count` stacks of equally many tasks from one, as views."""
-    leaves, structure = pytree.tree_flatten(together)
-    return map(structure.unflatten, zip(*(t.unflatten(0, (count, -1)).unbind(0) for t in leaves), strict=True))
+    names = list(together.latent)
+    leaves = (*together.support, *together.query, *together.latent.values())
+    for sx, sy, qx, qy, *latent in zip(*(t.unflatten(0, (count, -1)).unbind(0) for t in leaves), strict=True):
+        yield Episode(Examples(sx, sy), Examples(qx, qy), dict(zip(names, latent, strict=True)))
 
 
 class TrainStream:

@@ -33,9 +33,10 @@ class _ForEachTask(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        order = sorted(range(1, grads[0].dim()), key=lambda d: -grads[0].stride(d))
-        total = grads[0].permute(0, *order).sum(0)
-        return total.permute([order.index(d) for d in range(1, grads[0].dim())]), None
+        (g,), strides = grads, grads[0].stride()
+        order = sorted(range(1, g.dim()), key=lambda d: -strides[d])
+        total = g.permute(0, *order).sum(0)
+        return total.permute([order.index(d) for d in range(1, g.dim())]), None
 
 
 def gradient(loss: Tensor, params: Params, *, create_graph: bool = False) -> Params:
