@@ -22,6 +22,7 @@ from metalearn.episode import Episode, MetaBatch
 from metalearn.meta_gradient import Differentiated, differentiate
 from metalearn.ops import native
 from metalearn.random import TaskKey
+from metalearn.regularizers import Regularizer
 
 if TYPE_CHECKING:
     from metalearn.learner import MetaLearner
@@ -85,13 +86,19 @@ class Compiler:
         self.always = always
         self.programs: dict[Any, _Program | None] = {}
         self.state: list[Tensor] = []
+        self.first: Tensor | None = None
 
     def __call__(self, learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> Differentiated:
         """The same as `differentiate(learner, episodes, batch)`."""
-        if not self.state:  # as parameters and buffers are at any time: they are changed in place
-            self.state = [*(p.detach() for p in learner.parameters()), *learner.buffers()]
+        if (
+            not self.state or self.first is None or self.state[0].data_ptr() != self.first.data_ptr()
+        ):  # at the start, and when they moved
+            self.first = next(learner.parameters())
+            self.state = [*(p.detach() for p in learner.parameters()), *learner.buffers()]  # changed in place
+            self.programs.clear()
         inputs = [*self.state, *episodes.support, *episodes.query, batch.key.step, batch.key.task]
-        shapes = (batch.total, *((t.shape, t.dtype) for t in inputs))
+        options = (learner.inner_steps, getattr(learner, "alpha", None))
+        shapes = (batch.total, options, *((t.shape, t.stride(), t.dtype) for t in inputs))
         if shapes not in self.programs:
             self.programs[shapes] = self._build(learner, episodes, batch, inputs)
         program = self.programs[shapes]
@@ -110,6 +117,8 @@ class Compiler:
         try:
             if inputs[0].is_cpu and (chunks := len(learner.chunks(episodes))) > 1:
                 raise Unfit(f"its tasks are computed in {chunks} chunks")
+            if type(learner.regularizer) is not Regularizer:
+                raise Unfit("a regularizer may change from step to step")
             program = record(learner, episodes, batch, inputs)
             grads, out, _ = program.run(inputs)
             expected, plain_out, _ = differentiate(learner, episodes, batch)

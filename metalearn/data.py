@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +15,7 @@ from metalearn.samplers import Uniform
 
 BLOCK = 128  # meta-steps whose draws are made together; changes no draw
 FETCH_BYTES = 2**20  # inputs of meta-steps whose tasks are made together; changes no task
+MOST_PER_CALL = 256
 CALL_SECONDS = 0.1  # of one call of Lightning's training_step, so that its overhead is paid rarely
 
 
@@ -61,6 +61,7 @@ class Episodes(pl.LightningDataModule):
         self.train_key, self.evaluation_key = Key(seed, "train"), Key(evaluation_seed, "evaluation")
         self.per_call, self.log_every, self.eval_batch = per_call, log_every, eval_batch
         self.start = 0
+        self.step_seconds = CALL_SECONDS  # of the meta-steps of the last call
 
     def _ranks(self) -> tuple[int, int]:
         trainer = self.trainer
@@ -82,21 +83,24 @@ class Episodes(pl.LightningDataModule):
 
     def training(self, first: int, last: int, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
         """The meta-batches of meta-steps first..last-1 on one rank."""
-        tasks, count = self.sampler.tasks(self.meta_batch_size, rank, world), 1
-        own = self.train_key.sub("learner")
-        for low in range(first, last, BLOCK):
-            steps = torch.arange(low, min(low + BLOCK, last))
+        tasks, own, count = self.sampler.tasks(self.meta_batch_size, rank, world), self.train_key.sub("learner"), 0
+        for low in range(first - first % BLOCK, last, BLOCK):  # always the same blocks and groups: the same bits
+            steps = torch.arange(low, low + BLOCK)
             draws = self.dataset.draw("train", self.train_key, steps[:, None], tasks[None, :])
-            at = 0
-            while at < len(steps):  # small tasks are made for several meta-steps at once
-                part = slice(at, min(at + count, len(steps)))
+            if not count:
+                alone = self.dataset.fetch("train", {k: v[0] for k, v in draws.items()})
+                count = max(1, FETCH_BYTES // max(1, alone.support.x.nbytes + alone.query.x.nbytes))
+            for group in steps.split(count):
+                if group[-1] < first or group[0] >= last:
+                    continue
+                part = slice(int(group[0]) - low, int(group[-1]) - low + 1)
                 together = self.dataset.fetch("train", {k: v[part].flatten(0, 1) for k, v in draws.items()})
-                one_by_one = _unstack(together.to(self.dtype), part.stop - part.start)
-                keys = steps[part, None].expand(-1, len(tasks)).unbind(0)
-                for step, key, episodes in zip(steps[part].tolist(), keys, one_by_one, strict=True):
-                    yield MetaBatch(step, self.meta_batch_size, episodes, TaskKey(own, key, tasks))
-                at = part.stop
-                count = max(1, FETCH_BYTES // max(1, episodes.support.x.nbytes + episodes.query.x.nbytes))
+                keys = group[:, None].expand(-1, len(tasks)).unbind(0)
+                for step, key, episodes in zip(
+                    group.tolist(), keys, _unstack(together.to(self.dtype), len(group)), strict=True
+                ):
+                    if first <= step < last:
+                        yield MetaBatch(step, self.meta_batch_size, episodes, TaskKey(own, key, tasks))
 
     def evaluation(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
         """The frozen episodes of a split on one rank (every world-th), in stacks of `eval_batch`."""
@@ -129,14 +133,13 @@ class TrainStream:
         data.start = last
         rank, world = data._ranks()
         pending: list[MetaBatch] = []
-        size = data.per_call or 1
         for batch in data.training(first, last, rank, world):
             pending.append(batch)
+            size = data.per_call
+            if not size:  # other ranks would come to other sizes
+                size = max(1, min(MOST_PER_CALL, int(CALL_SECONDS / data.step_seconds))) if world == 1 else 1
             if len(pending) >= size or (batch.step + 1) % data.log_every == 0 or batch.step == last - 1:
-                began = time.monotonic()
                 yield pending
-                if not data.per_call and world == 1:  # other ranks would come to other sizes
-                    size = max(1, int(CALL_SECONDS * len(pending) / (time.monotonic() - began)))
                 pending = []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Collection
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -192,9 +193,13 @@ class MetaLearner(pl.LightningModule, ABC):
             on_site = partial(self.regularizer.features, when=when, own=own)
         return self.net.run(params, h, start, stop, norm=norm, on_site=on_site)
 
-    def chunks(self, episodes: Episode) -> list[slice]:
-        """Equal ranges of tasks whose activations stay below `chunk_bytes` each (at least one task)."""
-        n = max(episodes.support.x.shape[1], episodes.query.x.shape[1])
+    def chunks(self, episodes: Episode, modes: Collection[str] = ()) -> list[slice]:
+        """Equal ranges of tasks whose activations stay below `chunk_bytes` each (at least one task).
+
+        With `modes`, those of predictions under these batch-norm modes.
+        """
+        support, queries = episodes.support.x.shape[1], episodes.query.x.shape[1]
+        n = queries * (support + 1) if "support_plus_one" in modes else max(support, queries)
         limit = self.chunk_bytes or CHUNK_BYTES["cpu" if episodes.support.x.is_cpu else "gpu"]
         fits = max(1, limit // max(1, self.net.activation_bytes(n)))
         count = -(-episodes.tasks // fits)
@@ -290,7 +295,7 @@ class MetaLearner(pl.LightningModule, ABC):
             with torch.no_grad():
                 return self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points)
 
-        parts = list(parallel.over(score, self.chunks(batch.episodes), batch.episodes.support.x.device))
+        parts = list(parallel.over(score, self.chunks(batch.episodes, points), batch.episodes.support.x.device))
         return {p: (torch.cat([s[p][0] for s in parts]), torch.cat([s[p][1] for s in parts])) for p in parts[0]}
 
     def _score(self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]) -> Scores:

@@ -47,6 +47,8 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
     seen = task_mean(out.seen)
     state = {k: v.mean(0) for k, v in out.state.items()}
     if _ranks() > 1:
+        # dense, in the parameters' layout: ranks add memory, not entries
+        grads = [torch.empty_like(p).copy_(g) for p, g in zip(learner.parameters(), grads, strict=True)]
         seen, state = _all_reduce(grads, seen, state, out.loss.shape[0] / batch.total)
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
@@ -84,8 +86,8 @@ def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tup
 
     pieces = parallel.over(work, learner.chunks(episodes), episodes.support.x.device)
     if not rewrite:
-        total, out = next(pieces)
-        outputs = [out]
+        first, out = next(pieces)
+        total, outputs = [g.clone() for g in first], [out]  # they may share memory, or be expanded
         for more, out in pieces:
             torch._foreach_add_(total, more)
             outputs.append(out)

@@ -26,7 +26,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 def over(work: Callable[[T], R], parts: Sequence[T], device: torch.device) -> Iterator[R]:
     """`work` of each part, in their order; on a CPU at most torch's number of threads at the same time.
 
-    The split into parts is the caller's and does not depend on the number of threads, nor does any result.
+    The split into parts is the caller's and does not depend on the number of threads; `work` must be pure.
     """
     threads = min(torch.get_num_threads(), len(parts))
     if device.type != "cpu" or threads == 1:

@@ -118,10 +118,16 @@ class Recorder(pl.Callback):
         self._started = self._saved = time.monotonic()
         self._first = _ours(trainer, pl_module)[0].meta_steps
 
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._began = time.monotonic()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         learner, data = _ours(trainer, pl_module)
+        data.step_seconds = max(1e-6, (time.monotonic() - self._began) / len(batch))
         step, last = learner.meta_steps, learner.meta_steps == data.max_steps
         if step // self.log_every != self._logged // self.log_every or last:
             self._log(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate})

@@ -1,10 +1,12 @@
 """The compiled kernels against PyTorch's operators: the same function with the same derivatives."""
 
+import oracles
 import pytest
 import torch
 from oracles import ROUNDING, distance, normal
 from torch import Tensor
 
+from metalearn.algorithms import MAML
 from metalearn.ops import Normalization, native, norm_relu_pool, stem
 from metalearn.ops.conv import conv2d
 from metalearn.ops.layout import empty
@@ -208,3 +210,18 @@ def test_a_constant_picture_has_one_chosen_pixel(a, b):
     gamma, beta = torch.full((1,), a, dtype=torch.float64), torch.full((1,), b, dtype=torch.float64)
     y = norm_relu_pool(x, gamma, beta, None, pool=2, layer="n", eps=1.0, norm=Normalization())
     assert torch.equal(y, torch.full_like(y, max(b, 0.0)))
+
+
+@pytest.mark.parametrize("width", [3, 16, 41, 64])
+def test_single_precision_is_double_precision_to_its_rounding(width):
+    """The kernels that train are built for float32: second-order MAML with them beside that in float64."""
+    way, found = 3, []
+    for dtype in (torch.float64, torch.float32):
+        net = oracles.conv_net(way, input_shape=(2, 8, 8), width=width)
+        learner = oracles.build(MAML, net, "classification", alpha=0.05, inner_steps=2).to(dtype)
+        episodes = oracles.pictures(3, way=way, side=8).to(dtype)
+        found.append(oracles.meta_gradient(learner, oracles.meta_batch(episodes)))
+    assert native.library(torch.zeros(1)) is not None
+    double, single = found
+    assert distance([g.double() for g in single.grads], double.grads) < 1e-3
+    assert distance([single.loss.double()], [double.loss]) < 1e-4

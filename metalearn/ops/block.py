@@ -103,9 +103,9 @@ def _call(name: str, x: Tensor, constants: _Constants, *arguments: Tensor | floa
 
 
 class _Block(Function):
-    """(x, gamma, beta) to (y, mean, r, picked, choice): the last four are not differentiable.
+    """(x, gamma, beta) to (y, mean, r), of which only y is differentiable; mean and r `[B, sets, C]`.
 
-    mean and r `[B, sets, C]`; `picked` is x at the pixel that pooling chose, `choice` its index 0..3 in the window (4
+    `picked`, kept for the derivatives, is x at the pixel that pooling chose, `choice` its index 0..3 in the window (4
     where ReLU gives 0), both of y's shape.
     """
 

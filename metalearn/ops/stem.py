@@ -25,7 +25,10 @@ MOST_INPUTS = 4  # channels; the work on patches grows with their square
 
 def fits(x: Tensor, weight: Tensor, stride: int, pool: int) -> bool:
     """Whether `stem` covers a block: data of few channels that needs no gradient, 3x3 filters, pooling."""
-    small = x.shape[2] <= MOST_INPUTS and weight.shape[-2:] == (3, 3) and (stride, pool) == (1, 2)
+    matches = (
+        x.shape[2] == weight.shape[-3] and weight.dtype == x.dtype and (weight.dim() == 4 or len(weight) == len(x))
+    )
+    small = matches and x.shape[2] <= MOST_INPUTS and weight.shape[-2:] == (3, 3) and (stride, pool) == (1, 2)
     return small and not x.requires_grad and conv.operands is None and native.library(x) is not None
 
 
@@ -70,7 +73,7 @@ def stem(
             mean, covariance = patches(x, sets)
             own = w if shared else w.unsqueeze(1)
             mu = (mean.unsqueeze(-2) @ own).squeeze(-2)
-            var = ((covariance @ own) * own).sum(-2)
+            var = ((covariance @ own) * own).sum(-2).clamp(min=0)
             if norm.record:
                 seen = mu[:, 0].detach() if before is None else (mu[:, 0] + before).detach()
                 norm.seen[layer] = Moments(seen, var[:, 0].detach(), x[0, :, 0].numel())

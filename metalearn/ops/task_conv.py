@@ -19,7 +19,9 @@ from metalearn.ops.layout import Strides, dense, empty, is_beside, strides
 
 def fits(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
     """Whether the kernels cover this convolution and are made for this processor."""
-    if weight.dim() != 5 or weight.shape[-2:] != (3, 3) or (stride, padding) != (1, 1):
+    if weight.dtype != x.dtype or weight.dim() != 5 or weight.shape[0] != len(x) or weight.shape[2] != x.shape[2]:
+        return False
+    if weight.shape[-2:] != (3, 3) or (stride, padding) != (1, 1):
         return False
     library = native.library(x)
     return library is not None and bool(library.conv_worthwhile())

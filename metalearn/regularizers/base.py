@@ -23,6 +23,7 @@ class Regularizer(nn.Module):
     def features(self, h: Tensor, site: str, when: Literal["inner", "query"], own: Params) -> Tensor:
         """Map the activations `[B, n, ...]` at a site of the network, while adapting or on the query set.
 
+        It must be pure: chunks of tasks run at the same time, in any order.
         `own` are this regularizer's meta-parameters by name; using `self`'s instead would cut their gradient.
         """
         return h

@@ -1,7 +1,7 @@
 """C++ kernels for CPUs, compiled on first use with the machine's own compiler and kept in the cache folder.
 
-They do nothing that PyTorch's operators cannot: where there is no compiler, or the self-check fails, the operators are
-used and `reason()` says why.
+They do nothing that PyTorch's operators cannot: where there is no compiler the operators are used, and `reason()`
+says why.
 """
 
 from __future__ import annotations
@@ -84,6 +84,7 @@ def _build(real: str) -> Path:
             )
             if done.returncode:
                 raise Unavailable(f"{compiler} failed: {(done.stderr.strip().splitlines() or ['no message'])[0]}")
+            os.chmod(draft, 0o755)  # the cache may be shared
             os.replace(draft, target)  # processes that build at the same time all end with a whole file
         finally:
             Path(draft).unlink(missing_ok=True)

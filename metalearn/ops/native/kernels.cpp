@@ -749,6 +749,10 @@ extern "C" int conv_forward(const Conv *p, int64_t first, int64_t last, const RE
 
 // The transpose of a rows x columns part of a LANES x LANES square, by exchanging ever smaller parts of pairs of rows.
 ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64_t to_row, int rows, int columns) {
+#ifdef __clang__
+    for (int r = 0; r < rows; r++)
+        for (int c = 0; c < columns; c++) to[c * to_row + r] = from[r * from_row + c];
+#else
     vec v[LANES];
     for (int r = 0; r < LANES; r++) v[r] = r < rows ? load(from + r * from_row, columns) : vec{};
     for (int half = LANES / 2; half; half /= 2) {
@@ -766,6 +770,7 @@ ALWAYS void transpose_square(const REAL *from, int64_t from_row, REAL *to, int64
     }
     for (int r = 0; r < LANES; r++)
         if (r < columns) store(to + r * to_row, v[r], rows);
+#endif
 }
 
 // [rows][columns] to [columns][rows]
