@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -61,13 +63,18 @@ class Subject:
         self.learner.attach(Adam(lr=workload["outer_lr"]), max_steps=STEPS)
         self.learner.compiler = Compiler(always=False)  # as runs have it
         self.optimizer, self.batch, self.device = self.learner.configure_optimizers(), meta_batch(data), device
-        if "rows" in data:  # the minibatches that all implementations take
-            rows = data["rows"]
-            reptile_module.minibatches = lambda key, *_: rows[key.task]
+        self.rows = data.get("rows")  # the minibatches that all implementations take
 
     def step(self) -> None:
         """One meta-step: outer gradient and update."""
-        self.result = self.learner.meta_step(self.batch, self.optimizer)
+        rows = self.rows
+        given = (
+            nullcontext()
+            if rows is None
+            else patch.object(reptile_module, "minibatches", lambda key, *_: rows[key.task])
+        )
+        with given:
+            self.result = self.learner.meta_step(self.batch, self.optimizer)
 
     def sync(self) -> None:
         """Wait for the device."""
