@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,7 +57,7 @@ def network(w: dict) -> nn.Module:
     return Conv4(w["image"][0], w["filters"], w["features"], w["way"])
 
 
-class Subject:
+class Subject(ABC):
     """A meta-step on one meta-batch; subclasses implement `outer`, which leaves the outer gradient in `.grad`."""
 
     def __init__(self, workload: dict, arrays: dict[str, np.ndarray], device: str, variant: str):
@@ -76,11 +78,12 @@ class Subject:
     def load(self, params: dict[str, Tensor]) -> None:
         self.net.load_state_dict(params)
 
-    def prepare(self) -> None:
+    def prepare(self) -> None:  # noqa: B027  (a hook, not a duty)
         pass
 
+    @abstractmethod
     def outer(self) -> Tensor:
-        raise NotImplementedError
+        """The outer loss of all tasks; leaves its gradient in the parameters."""
 
     def each_task(self):
         return zip(self.xs, self.ys, self.xq, self.yq, strict=True)
