@@ -1,9 +1,11 @@
 import hashlib
+import io
 import os
 import re
 import stat
 import subprocess
 import sys
+import tarfile
 import threading
 import time
 import zipfile
@@ -252,7 +254,16 @@ def make_tree(path: Path, contents=CONTENTS) -> Path:
     return path
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tree])
+def make_tar(path: Path, contents=CONTENTS, mode="w:gz", prefix="./") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in contents.items():
+            info = tarfile.TarInfo(prefix + name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+@pytest.mark.parametrize("make", [make_zip, make_tree, make_tar])
 def test_members_of_archive_and_tree_are_the_same(tmp_path, make):
     with open_members(make(tmp_path / "source")) as source:
         members = {m.name: m.size for m in source.members()}
@@ -270,6 +281,9 @@ def test_members_outside_of_the_archive_are_refused(tmp_path, name):
             source.members()
         with pytest.raises(ValueError, match="leads out of the archive"):
             source.read(name)
+    with open_members(make_tar(tmp_path / "source.tar", {name: b"bad"}, prefix="")) as source:
+        with pytest.raises(ValueError, match="leads out of the archive"):
+            source.members()
     with open_members(make_tree(tmp_path / "tree")) as source, pytest.raises(ValueError, match="leads out"):
         source.read(name)
 
@@ -279,6 +293,32 @@ def test_links_in_an_archive_are_refused(tmp_path):
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
     make_zip(tmp_path / "source.zip", {link: b"/etc/passwd"})
     with open_members(tmp_path / "source.zip") as source, pytest.raises(ValueError, match=r"link 'link\.txt'"):
+        source.members()
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"), [(tarfile.SYMTYPE, "link"), (tarfile.LNKTYPE, "link"), (tarfile.FIFOTYPE, "special file")]
+)
+def test_links_and_devices_in_a_tar_are_refused(tmp_path, kind, message):
+    info = tarfile.TarInfo("x.txt")
+    info.type, info.linkname = kind, "/etc/passwd"
+    with tarfile.open(tmp_path / "source.tar", "w") as archive:
+        archive.addfile(info)
+    with open_members(tmp_path / "source.tar") as source, pytest.raises(ValueError, match=rf"{message} 'x\.txt'"):
+        source.members()
+
+
+@pytest.mark.parametrize("mode", ["w:gz", "w:bz2", "w:xz"])
+def test_a_cut_tar_is_refused(tmp_path, mode):
+    noise = {f"{i}.txt": hashlib.sha256(bytes([i])).digest() * 1000 for i in range(9)}
+    whole = make_tar(tmp_path / "whole.tar", noise, mode).read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) * 2 // 3])
+    try:
+        source = open_members(tmp_path / "cut.tar")
+    except ValueError as error:  # cut within the only block
+        assert "nor a complete zip or tar" in str(error)
+        return
+    with source, pytest.raises(ValueError, match="not a complete tar archive"):
         source.members()
 
 
@@ -305,7 +345,7 @@ def test_a_linked_tree_is_fine(tmp_path):
 
 def test_neither_archive_nor_folder(tmp_path):
     (tmp_path / "cut.zip").write_bytes(make_zip(tmp_path / "whole.zip").read_bytes()[:-30])
-    with pytest.raises(ValueError, match="neither a folder nor a complete zip"):
+    with pytest.raises(ValueError, match="neither a folder nor a complete zip or tar"):
         open_members(tmp_path / "cut.zip")
     with pytest.raises(FileNotFoundError):
         open_members(tmp_path / "none.zip")
@@ -316,6 +356,8 @@ def test_hash_is_that_of_the_contents(tmp_path):
     value = content_hash([make_zip(tmp_path / "a.zip")], TEXT)
     assert re.fullmatch("[0-9a-f]{16}", value)
     assert content_hash([make_zip(tmp_path / "b.zip", compression=zipfile.ZIP_STORED)], TEXT) == value
+    for mode in ("w", "w:gz", "w:bz2", "w:xz"):
+        assert content_hash([make_tar(tmp_path / mode.replace(":", "."), mode=mode)], TEXT) == value
     assert content_hash([make_tree(tmp_path / "tree")], TEXT) == value
     assert content_hash([tmp_path / "tree" / "top"], TEXT) == value
     deeper = {f"x/{name}": data for name, data in reversed(CONTENTS.items())} | {"x/readme.md": b"not a text"}

@@ -6,9 +6,11 @@ Nothing here imports torch, so that launch code can name the data of a run at on
 import hashlib
 import http.client
 import json
+import lzma
 import os
 import re
 import stat
+import tarfile
 import urllib.error
 import urllib.request
 import zipfile
@@ -212,20 +214,93 @@ class TreeMembers(Members):
         """Nothing is open between calls."""
 
 
+class TarMembers(Members):
+    """The files of a tar archive, compressed or not; opened at the first need.
+
+    A compressed archive can only be read forwards: read its members in the order of `members()`.
+    """
+
+    _tar: tarfile.TarFile | None = None
+
+    def __init__(self, path: Path):
+        super().__init__(path)
+        self._files: dict[str, tarfile.TarInfo] = {}
+
+    def _open(self) -> dict[str, tarfile.TarInfo]:
+        if self._tar is None:
+            try:
+                self._tar = tarfile.open(self.path)
+                for info in self._tar:
+                    self._note(info)
+            except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+                self.close()
+                raise self._broken(error) from None
+        return self._files
+
+    def _note(self, info: tarfile.TarInfo) -> None:
+        _refuse_outside(info.name, self.path)
+        if info.isdir():
+            return
+        if not info.isfile():
+            kind = "link" if info.issym() or info.islnk() else "special file"
+            raise ValueError(f"{self.path} has the {kind} {info.name!r}; refusing to read it")
+        self._files[str(PurePosixPath(info.name))] = info  # a later member of the same name takes its place
+
+    def _broken(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path} ({self.path.stat().st_size} bytes) is not a complete tar archive: {error}")
+
+    def members(self) -> list[Member]:
+        """All files, in the order of the archive."""
+        return sorted(
+            (Member(name, info.size) for name, info in self._open().items()),
+            key=lambda member: self._files[member.name].offset,
+        )
+
+    def read(self, name: str) -> bytes:
+        """The bytes of a file."""
+        _refuse_outside(name, self.path)
+        info = self._open()[name]
+        assert self._tar is not None
+        opened = self._tar.extractfile(info)
+        assert opened is not None
+        try:
+            data = opened.read()
+        except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            raise self._broken(error) from None
+        return data
+
+    def crc32(self, name: str) -> int:
+        """CRC-32, computed."""
+        return zlib.crc32(self.read(name))
+
+    def stamp(self) -> str:
+        """Place, size and time of the archive."""
+        info = self.path.stat()
+        return f"{self.path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
+
+    def close(self) -> None:
+        """Close the archive."""
+        if self._tar is not None:
+            self._tar.close()
+        self._tar, self._files = None, {}
+
+
 def open_members(path: Path) -> Members:
-    """The files of a zip archive, or of a folder.
+    """The files of a zip or tar archive, or of a folder.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
-        ValueError: if `path` is neither.
+        ValueError: if `path` is none of these.
     """
     if path.is_dir():
         return TreeMembers(path)
     if not path.exists():
         raise FileNotFoundError(f"no archive or folder at {path}")
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is neither a folder nor a complete zip archive")
-    return ZipMembers(path)
+    if zipfile.is_zipfile(path):
+        return ZipMembers(path)
+    if not tarfile.is_tarfile(path):
+        raise ValueError(f"{path} ({path.stat().st_size} bytes) is neither a folder nor a complete zip or tar archive")
+    return TarMembers(path)
 
 
 def select(source: Members, pattern: re.Pattern[str]) -> dict[str, Member]:
@@ -260,7 +335,7 @@ def content_hash(
     sizes and times of modification of the sources, so that the next call need not list or read them.
 
     Args:
-        sources: zip archives or folders.
+        sources: zip or tar archives, or folders.
         pattern: which members count; its first group is the path that enters the hash (see `select`).
         verify: called with the paths in each source before a new hash is made; raises if they are not as they should.
 
