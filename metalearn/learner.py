@@ -23,6 +23,7 @@ from metalearn.meta_gradient import MetaGradient, bad_tasks, meta_gradient
 from metalearn.ops import Normalization
 from metalearn.ops.layout import same_layout
 from metalearn.optim import OuterOptimizer, clipped
+from metalearn.outer import Combine
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
@@ -54,9 +55,13 @@ class MetaLearner(pl.LightningModule, ABC):
             of the kind of device.
         recompute: compute the inner steps again for the outer gradient instead of keeping them: memory for activations
             does not grow with their number, and each costs one more forward and backward pass of the support set.
+        combine: how the tasks' outer gradients become one; None for their mean.
     """
 
     needs_head: ClassVar[bool] = True
+    stacks: ClassVar[bool] = True
+    """Whether `task_loss` takes meta-parameters with a task axis, leaf by leaf; if not, the gradients of single tasks
+    (see `combine`, and `Regularizer.task_gradients`) are computed one task at a time."""
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
 
     def __init__(
@@ -70,23 +75,27 @@ class MetaLearner(pl.LightningModule, ABC):
         inner_loss_reduction: Literal["mean", "sum_over_shots"] = "mean",
         chunk_bytes: int = 0,
         recompute: bool = False,
+        combine: Combine | None = None,
     ):
         super().__init__()
         self.net, self.kind, self.regularizer = net, kind, regularizer or Regularizer()
         self.inner_steps, self.test_steps = inner_steps, test_steps
         self.inner_loss_reduction = inner_loss_reduction
-        self.chunk_bytes, self.recompute = chunk_bytes, recompute
+        self.chunk_bytes, self.recompute, self.combine = chunk_bytes, recompute, combine
         self.running = RunningStatistics(net)
         self.shapes = net.shapes()
         self.meta_steps = 0
         self.rate = 0.0
         self.optimizer_state: dict[str, Any] | None = None
         self.compiler: Compiler | None = None
+        self.aux: dict[str, Tensor] = {}
         self.automatic_optimization = False
         self.watch(["batch"], "headline")
-        if self.couples_tasks and self.regularizer.overrides("task_gradients"):
+        rewrites = self.regularizer.overrides("task_gradients")
+        if self.couples_tasks and (rewrites or combine is not None):
+            who = f"{type(self.regularizer).__name__}.task_gradients" if rewrites else type(combine).__name__
             raise ValueError(
-                f"{type(self.regularizer).__name__}.task_gradients needs an outer objective that is a mean over tasks, "
+                f"{who} needs an outer objective that is a mean over tasks, "
                 "and `outer` or `penalty` makes it another; use one or the other"
             )
 
@@ -138,6 +147,11 @@ class MetaLearner(pl.LightningModule, ABC):
 
     def absorb(self, state: dict[str, Any]) -> None:
         """Keep what a meta-step leaves in the learner's state (task means of `TaskOutput.state`)."""
+
+    def reports(self) -> dict[str, float]:
+        """What a log line says besides loss and rate: task means of the last meta-step's `aux`, and of its weights."""
+        found = {k: float(v.double().mean()) for k, v in self.aux.items() if k != "weight"}
+        return found | (self.combine.reports(self.aux["weight"]) if self.combine and "weight" in self.aux else {})
 
     # ---- shared pieces -------------------------------------------------------------------------------------------
 
@@ -221,6 +235,9 @@ class MetaLearner(pl.LightningModule, ABC):
         for part in self.updates(batch):
             result = meta_gradient(self, part)
             self._guard(result, part)
+            self.aux = result.aux
+            if "weight" in result.aux and not result.aux["weight"].any():
+                continue  # nothing to agree on
             grads = iter(clipped(result.grads, self.outer_optimizer))
             self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
             for group in optimizer.param_groups:
@@ -252,7 +269,7 @@ class MetaLearner(pl.LightningModule, ABC):
         assert isinstance(optimizer, torch.optim.Optimizer)
         for part in batch:
             loss = self.meta_step(part, optimizer).loss
-        self.train_loss = loss.mean()
+        self.train_loss = loss.nanmean()  # only a dropped task's is NaN
 
     def on_train_start(self) -> None:
         """Lightning's hook: continue with the optimizer state of a resumed run."""

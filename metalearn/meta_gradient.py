@@ -29,7 +29,8 @@ class MetaGradient(NamedTuple):
 
     grads: gradient of the objective in every meta-parameter, in their order, over all ranks. loss: `[b]` of this
     rank's tasks. finite: whether losses and gradients are, on all ranks. seen: batch-norm statistics, and state: new
-    learner state, both averaged over the tasks.
+    learner state, both averaged over the tasks. aux: reports of this rank's tasks, `[b]` each; `weight` is that of an
+    outer rule.
     """
 
     grads: list[Tensor]
@@ -37,6 +38,7 @@ class MetaGradient(NamedTuple):
     finite: bool
     seen: Statistics
     state: dict[str, Any]
+    aux: dict[str, Tensor]
 
 
 def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
@@ -44,6 +46,10 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
     regularizer = learner.regularizer
     episodes = regularizer.episodes(batch.episodes, batch.key)
     grads, out, finite = (learner.compiler or differentiate)(learner, episodes, batch)
+    if learner.combine is not None and learner.combine.drop:
+        kept = out.aux["weight"] != 0  # what a dropped task has seen is not finite either
+        selected = pytree.tree_map(lambda t: t[kept] if isinstance(t, Tensor) else t, (out.seen, out.state))
+        out = out._replace(seen=selected[0], state=selected[1])
     seen = task_mean(out.seen)
     state = {k: v.mean(0) for k, v in out.state.items()}
     if _ranks() > 1:
@@ -52,13 +58,17 @@ def meta_gradient(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
         seen, state = _all_reduce(grads, seen, state, out.loss.shape[0] / batch.total)
         finite = finite.to(torch.int32)
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
-    return MetaGradient(grads, out.loss, bool(finite), seen, state)
+    return MetaGradient(grads, out.loss, bool(finite), seen, state, out.aux)
 
 
 def differentiate(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> Differentiated:
     """The gradient over this rank's tasks, their outputs, and whether losses and gradients are finite."""
     grads, out = (_coupled if learner.couples_tasks else _separable)(learner, episodes, batch)
-    largest = torch.stack(torch._foreach_norm([*grads, out.loss], float("inf")))  # NaN and infinity come through
+    counted = out.loss
+    if learner.combine is not None and learner.combine.drop:  # a task of weight zero takes no part
+        without = out.aux["weight"] == 0
+        counted = torch.where(without & ~without.all(), 0.0, out.loss)
+    largest = torch.stack(torch._foreach_norm([*grads, counted], float("inf")))  # NaN and infinity come through
     return grads, out, largest.isfinite().all()
 
 
@@ -74,28 +84,57 @@ def bad_tasks(loss: Tensor, batch: MetaBatch) -> list[int]:
 
 def _separable(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
     """Each chunk's graph is built, differentiated and freed by itself: the objective is a mean over tasks."""
-    rewrite = learner.regularizer.overrides("task_gradients")
+
+    def work(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
+        part, theta = episodes.select(chunk), _leaves(learner)
+        out = learner.task_loss(theta, part, batch.key.select(chunk))
+        objective = learner.outer(theta, part, out) * (part.tasks / batch.total)
+        return _grad([objective], theta), _detached(out._replace(prediction=None, phi={}))
+
+    if learner.combine is not None or learner.regularizer.overrides("task_gradients"):
+        return _rewritten(learner, episodes, batch)
+    pieces = parallel.over(work, learner.chunks(episodes), episodes.support.x.device)
+    first, out = next(pieces)
+    total, outputs = [g.clone() for g in first], [out]  # they may share memory, or be expanded
+    for more, out in pieces:
+        torch._foreach_add_(total, more)
+        outputs.append(out)
+    return total, _join(outputs)
+
+
+def _rewritten(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:
+    """The tasks' outer gradients one by one, through the regularizer's hook, weighted by the learner's outer rule."""
+    combine = learner.combine
+    if combine is not None and batch.total != episodes.tasks:
+        raise ValueError("algorithm.outer weighs all tasks of a meta-batch against each other; set trainer.devices=1")
+    chunks = learner.chunks(episodes)
+    if not learner.stacks:
+        chunks = [slice(i, i + 1) for i in range(episodes.tasks)]
 
     def work(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
         part = episodes.select(chunk)
-        theta = _leaves(learner, part.tasks if rewrite else None)
+        theta = _leaves(learner, part.tasks if learner.stacks else None)
         out = learner.task_loss(theta, part, batch.key.select(chunk))
-        share = part.tasks / batch.total
-        objective = out.loss.sum() if rewrite else learner.outer(theta, part, out) * share
-        return _grad([objective], theta), _detached(out._replace(prediction=None, phi={}, aux={}))
+        grads = _grad([out.loss.sum()], theta)
+        phi = out.phi if combine is not None and combine.needs_phi else {}
+        return grads if learner.stacks else [g[None] for g in grads], _detached(out._replace(prediction=None, phi=phi))
 
-    pieces = parallel.over(work, learner.chunks(episodes), episodes.support.x.device)
-    if not rewrite:
-        first, out = next(pieces)
-        total, outputs = [g.clone() for g in first], [out]  # they may share memory, or be expanded
-        for more, out in pieces:
-            torch._foreach_add_(total, more)
-            outputs.append(out)
-        return total, _join(outputs)
-    grads, outs = zip(*pieces, strict=True)
+    grads, outs = zip(*parallel.over(work, chunks, episodes.support.x.device), strict=True)
     names = [(group, name) for group, params in learner.theta().items() for name in params]
     stacked = {f"{g}.{n}": torch.cat([part[i] for part in grads]) for i, (g, n) in enumerate(names)}
-    return [g.sum(0) / batch.total for g in learner.regularizer.task_gradients(stacked).values()], _join(list(outs))
+    if learner.regularizer.overrides("task_gradients"):
+        stacked = learner.regularizer.task_gradients(stacked)
+    out = _join(list(outs))
+    if combine is None:
+        return [g.sum(0) / batch.total for g in stacked.values()], out
+    weights = combine.weights(stacked, _leaves(learner), out)
+    # a task without weight takes no part, whatever its gradient is
+    total = [torch.einsum("b,b...->...", weights, _where(weights != 0, g)) for g in stacked.values()]
+    return total, out._replace(phi={}, aux=out.aux | {"weight": weights.detach()})
+
+
+def _where(kept: Tensor, g: Tensor) -> Tensor:
+    return torch.where(kept.view(-1, *[1] * (g.dim() - 1)), g, 0.0)
 
 
 def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple[list[Tensor], TaskOutput]:

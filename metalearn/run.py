@@ -23,12 +23,13 @@ from metalearn.ledger import CellDir, Checkpoints, leads, note_trained, trained_
 from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
 from metalearn.ops.conv import multiply_in
+from metalearn.outer import outer_rule
 from metalearn.record import git_state, result_of
 from metalearn.schema import BadInput
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
-NOT_ARGUMENTS = ("_target_", "name", "bn_modes", "outer")
+NOT_ARGUMENTS = ("_target_", "name", "bn_modes", "outer", "outer_vector", "outer_clip", "outer_drop")
 
 
 def build(group: str, section: Config, **more: Any) -> Any:
@@ -52,6 +53,7 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
         regularizer=build("regularizer", config["regularizer"]),
         chunk_bytes=int(trainer["chunk_mib"] * 2**20),
         recompute=trainer["recompute"],
+        combine=outer_rule(section["outer"], section["outer_vector"], section["outer_clip"], section["outer_drop"]),
     )
     learner.initialize(config["seed"])
     learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])

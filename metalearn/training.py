@@ -130,7 +130,7 @@ class Recorder(pl.Callback):
         data.step_seconds = max(1e-6, (time.monotonic() - self._began) / len(batch))
         step, last = learner.meta_steps, learner.meta_steps == data.max_steps
         if step // self.log_every != self._logged // self.log_every or last:
-            self._log(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate})
+            self._log(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate} | learner.reports())
         self._logged = step
         validates = bool(data.val_every) and (step % data.val_every == 0 or last)
         if not validates and (last or time.monotonic() - self._saved > self.save_seconds):

@@ -161,6 +161,31 @@ def outer_value(learner: MetaLearner, episodes: Episode) -> Tensor:
     return learner.outer(learner.theta(), episodes, learner.task_loss(learner.theta(), episodes))
 
 
+# ---- quadratic tasks ------------------------------------------------------------------------------------------------
+
+QUADRATIC = VALUES["quadratic_two_dim"]
+INPUTS = {k: torch.tensor(v, dtype=torch.float64) for k, v in QUADRATIC["inputs"].items() if k != "loss"}
+
+
+def linear_form(cls: type[MetaLearner], w: Tensor, **arguments: Any) -> MetaLearner:
+    """A learner of `w -> x w`, at w."""
+    learner = build(cls, LinearForm(len(w)), "regression", **arguments)
+    with torch.no_grad():
+        learner.net.head.weight.copy_(w[None])
+    return learner
+
+
+def slope(learner: MetaLearner, episodes: Episode) -> Tensor:
+    """The outer gradient of a linear form."""
+    return outer_gradient(learner, episodes)["net.head.weight"][0]
+
+
+def forms(tasks: int, d: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Positive definite matrices `[tasks, d, d]` with eigenvalues in about 0.5..2, and minima `[tasks, d]`."""
+    root = normal(tasks, d, d, seed=seed) / 2
+    return root @ root.mT + 0.5 * torch.eye(d, dtype=torch.float64), normal(tasks, d, seed=seed + 1)
+
+
 # ---- plain loops -------------------------------------------------------------------------------------------------
 
 

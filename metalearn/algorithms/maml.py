@@ -30,23 +30,39 @@ class MAML(MetaLearner):
         self.alpha, self.first_order, self.adapted = alpha, first_order, adapted
 
     def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta.
+        """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
+        return self.descend(self.network(theta), support, steps, self.alpha)
+
+    def moves(self, name: str) -> bool:
+        """Whether the inner loop moves this parameter of the network."""
+        return name.startswith(self.adapted) and self.net.adapts(name)
+
+    def descend(self, start: Params, support: Examples, steps: int, rate: float | Tensor | Params) -> Trajectory:
+        """`steps` times phi <- phi - rate grad L(phi; S_i) from any start, for `adapt` of this and of other algorithms.
 
         Features that no moving parameter influences are computed once (ANIL: one pass of the body).
+
+        Args:
+            start: all that a pass through the network depends on, leaves `[*shape]` or, each task's own, `[B, *shape]`.
+            support: the tasks' support sets.
+            steps: number of gradient steps.
+            rate: alpha; a number, a tensor that broadcasts against every leaf, or one for each moving leaf.
+
+        Returns:
+            The moving parameters after 0, 1, ..., `steps` steps, together with every leaf of `start` that has a task
+            axis.
         """
-        net = self.network(theta)
-        moving = {k: p for k, p in net.items() if k.startswith(self.adapted) and self.net.adapts(k)}
-        frozen = {k: p for k, p in net.items() if k not in moving}
+        moving = {k: p for k, p in start.items() if self.moves(k)}
+        frozen = {k: p for k, p in start.items() if k not in moving}
         site = self.net.first_site(list(moving))
-        features = self.run_net(net, support.x, when="inner", stop=site)
+        features = self.run_net(start, support.x, when="inner", stop=site)
 
         def support_loss(phi: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
             frozen, h, y = context
             return self.inner_loss(self.run_net(frozen | phi, h, when="inner", start=site), y)
 
-        start = per_task(moving, len(support.x), self.shapes)
-        context, options = (
-            (frozen, features, support.y),
-            {"first_order": self.first_order, "remember": not self.recompute},
-        )
-        return gradient_descent(support_loss, start, context, self.alpha, steps, **options)
+        phi = per_task(moving, len(support.x), self.shapes)
+        options = {"first_order": self.first_order, "remember": not self.recompute}
+        trajectory = gradient_descent(support_loss, phi, (frozen, features, support.y), rate, steps, **options)
+        own = {k: p for k, p in frozen.items() if k in self.shapes and p.dim() > len(self.shapes[k])}
+        return [own | phi for phi in trajectory] if own else trajectory

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from metalearn.schema.groups import BN_MODES
-from metalearn.schema.keys import key
+from metalearn.schema.keys import fields_of, key
 
 Config = dict[str, Any]
 
@@ -18,9 +18,24 @@ class Algorithm:
     epoch: ClassVar[int] = 1
     needs_head: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+    displaces: ClassVar[bool] = False
+    """Whether a task's adapted parameters are parameters of the network (what `outer_vector=displacement` needs)."""
 
     name: str = key("", "name in tables and logs", touches="none")
-    outer: str = key("mean", "how the tasks' outer gradients are combined", choices=("mean",))
+    outer: str = key(
+        "mean",
+        "how the tasks' outer gradients are combined: mean, or gradient agreement",
+        choices=("mean", "agreement"),
+    )
+    outer_vector: str = key(
+        "displacement",
+        "what agrees or not (outer=agreement): theta - phi of the adapted parameters, or the tasks' outer gradients",
+        choices=("displacement", "meta_grad"),
+    )
+    outer_clip: float | None = key(
+        None, "bound on the vectors' norms as a multiple of their median (outer=agreement); null for none", gt=0
+    )
+    outer_drop: bool = key(False, "leave out tasks that are not finite instead of stopping (outer=agreement)")
     bn_modes: list[str] = key(
         ["batch", "support_plus_one"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none"
     )
@@ -28,12 +43,24 @@ class Algorithm:
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         """Combinations of keys that cannot be."""
-        yield from ()
+        if algorithm["outer"] == "mean":
+            for name in ("outer_vector", "outer_clip", "outer_drop"):
+                if algorithm[name] != fields_of(cls)[name].default:
+                    yield f"algorithm.{name}={algorithm[name]}: needs algorithm.outer=agreement"
+        elif run["trainer"]["devices"] > 1:
+            yield f"trainer.devices={run['trainer']['devices']}: must be 1 with algorithm.outer={algorithm['outer']}"
+        elif algorithm["outer_vector"] == "displacement" and not cls.displaces:
+            yield (
+                f"algorithm.outer_vector=displacement: {algorithm['name']} adapts no parameters of the network; "
+                "use meta_grad"
+            )
 
 
 @dataclass
 class InnerLoop(Algorithm):
     """Algorithms that adapt by gradient steps."""
+
+    displaces: ClassVar[bool] = True
 
     alpha: float = key(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
     inner_steps: int = key(1, "inner steps in training", ge=0)
@@ -48,6 +75,7 @@ class InnerLoop(Algorithm):
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         from metalearn.schema.registry import member_of
 
+        yield from super().problems(algorithm, run)
         if algorithm["inner_loss_reduction"] != "mean" and member_of("dataset", run["dataset"]).kind == "regression":
             yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
 

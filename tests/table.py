@@ -1,0 +1,135 @@
+"""All algorithms in one table, which the common tests run through; and how their learners and tasks are made."""
+
+from typing import Any, NamedTuple
+
+import oracles
+import pytest
+import torch
+from oracles import build, meta_batch
+from torch import Tensor
+
+from metalearn.algorithms import MAML, ProtoNet, Reptile
+from metalearn.bn import MODES
+from metalearn.episode import Episode, MetaBatch
+from metalearn.learner import MetaLearner
+from metalearn.meta_gradient import MetaGradient
+from metalearn.outer import Agreement
+from metalearn.regularizers import Regularizer
+
+STEPS: dict[str, Any] = {"alpha": 0.3, "inner_steps": 2, "test_steps": 3}
+MINIBATCHES: dict[str, Any] = {**STEPS, "alpha": 0.01, "inner_batch": 4, "test_inner_batch": 3}
+SITES = ["input", "block1", "block2", "feat", "head"]
+
+
+class Row(NamedTuple):
+    """An algorithm with small arguments, and where it differs from the others in what the common tests ask.
+
+    static: nothing is adapted, the trajectory is its start. ordered: the order of a meta-batch's tasks matters.
+    joint: without adaptation (alpha or steps zero) its outer gradient is that of the mean query loss at theta.
+    passes: sites of the network that a pass of the support and one of the query set see in `task_loss` with two inner
+    steps; None where they are not those of one network. silent: part of the names of those meta-parameters whose
+    gradient is exactly zero (a convolution's bias before batch norm). exact: the outer gradient is the slope of the
+    outer objective; first-order methods' is not. couples: the outer gradient is no mean over tasks.
+    """
+
+    name: str
+    cls: type[MetaLearner]
+    arguments: dict[str, Any]
+    static: bool = False
+    ordered: bool = False
+    joint: bool = False
+    passes: tuple[list[str], list[str]] | None = (SITES * 2, SITES)
+    silent: str = "conv.bias"
+    exact: bool = False
+    couples: bool = False
+
+
+ALGORITHMS = [
+    Row("maml", MAML, STEPS, joint=True, exact=True),
+    Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
+    Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
+    Row(
+        "reptile",
+        Reptile,
+        {**STEPS, "inner_optimizer": "sgd", "inner_batch": None, "test_inner_batch": None},
+        passes=(SITES * 2, []),
+    ),
+    Row("reptile_reset", Reptile, {**MINIBATCHES, "inner_state": "reset"}, passes=(SITES * 2, [])),
+    Row("reptile_carry", Reptile, MINIBATCHES, passes=(SITES * 2, [])),
+    Row("reptile_serial", Reptile, {**MINIBATCHES, "serial": True}, ordered=True, passes=(SITES * 2, [])),
+    Row("gradient_agreement", MAML, {**STEPS, "combine": Agreement()}, couples=True),
+    Row(
+        "reptile_agreement",
+        Reptile,
+        {**STEPS, "inner_optimizer": "sgd", "inner_batch": None, "test_inner_batch": None, "combine": Agreement()},
+        passes=(SITES * 2, []),
+        couples=True,
+    ),
+    Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
+]
+ROWS = {row.name: row for row in ALGORITHMS}
+Case = tuple[str, str]
+CASES: list[Case] = [(row.name, kind) for row in ALGORITHMS for kind in row.cls.kinds]
+CLASSIFIERS = [case for case in CASES if case[1] == "classification"]
+
+
+def each(cases: list[Case]) -> Any:
+    """Run a test for these algorithms on these kinds of data."""
+    return pytest.mark.parametrize("case", cases, ids="-".join)
+
+
+def where(**wanted: Any) -> list[Case]:
+    """The cases whose rows have these values."""
+    return [case for case in CASES if all(getattr(ROWS[case[0]], k) == v for k, v in wanted.items())]
+
+
+def create(case: Case, net: Any = None, **changes: Any) -> MetaLearner:
+    """The learner of a case: two convolutional blocks with batch norm, or a tanh network for regression."""
+    name, kind = case
+    row = ROWS[name]
+    if net is None:
+        net = oracles.conv_net(3 if row.cls.needs_head else 0) if kind == "classification" else oracles.mlp()
+    return build(row.cls, net, kind, **{**row.arguments, **changes})
+
+
+def tasks_for(case: Case, tasks: int = 5, seed: int = 0) -> Episode:
+    return oracles.pictures(tasks, seed=seed) if case[1] == "classification" else oracles.curves(tasks, seed=seed)
+
+
+def select(batch: MetaBatch, tasks: Any) -> MetaBatch:
+    """Some tasks of a meta-batch as one of their own."""
+    episodes = batch.episodes.select(tasks)
+    return MetaBatch(batch.step, episodes.tasks, episodes, batch.key.select(tasks))
+
+
+def step(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
+    """One meta-step with a fresh outer optimizer."""
+    return learner.meta_step(batch, learner.configure_optimizers())
+
+
+def trained(case: Case, **changes: Any) -> tuple[MetaLearner, MetaBatch]:
+    """A learner after one meta-step, so that its state is not zero, and the next meta-batch."""
+    learner = create(case, **changes)
+    step(learner, meta_batch(tasks_for(case, seed=1)))
+    return learner, meta_batch(tasks_for(case), step=1)
+
+
+def every_score(learner: MetaLearner, batch: MetaBatch) -> dict[tuple[str, int], tuple[Tensor, Tensor]]:
+    return learner.evaluate(batch, {bn: list(range(learner.test_steps + 1)) for bn in MODES})
+
+
+def bits(learner: MetaLearner) -> dict[str, Tensor]:
+    return {k: v.clone() for k, v in learner.state_dict().items()}
+
+
+def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def regularizer(**hooks: Any) -> Regularizer:
+    """One whose hooks are these functions (without self)."""
+    return type("Toy", (Regularizer,), {name: staticmethod(hook) for name, hook in hooks.items()})()
+
+
+def outer_value(learner: MetaLearner, episodes: Episode) -> Tensor:
+    return oracles.outer_value(learner, episodes).detach()
