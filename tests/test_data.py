@@ -12,6 +12,7 @@ from scipy.stats import chisquare, kstest
 from metalearn import data as data_module
 from metalearn.data import Episodes, FrozenStream, TrainStream
 from metalearn.datasets.base import ClassImages, ImageDataset
+from metalearn.datasets.harmonic import Harmonic
 from metalearn.datasets.sinusoid import Sinusoid
 from metalearn.episode import MetaBatch
 from metalearn.random import Key
@@ -81,8 +82,8 @@ def interleaved(parts: list[list]) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase")]
-each_source = pytest.mark.parametrize("source", SOURCES, ids=["pictures", "finn", "trlearner"])
+SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase"), Harmonic()]
+each_source = pytest.mark.parametrize("source", SOURCES, ids=["pictures", "finn", "trlearner", "harmonic"])
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------

@@ -187,4 +187,27 @@ class Sinusoid(Dataset):
         return "formula"
 
 
-DATASETS = (Glyphs, Omniglot, Sinusoid)
+@dataclass
+class Harmonic(Dataset):
+    """metalearn.datasets.harmonic.Harmonic."""
+
+    target: ClassVar[str] = "metalearn.datasets.harmonic.Harmonic"
+    kind: ClassVar[str] = "regression"
+
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(100, "query points in validation and test; null means as in training", ge=1)
+    tasks: int | None = key(480, "fixed training tasks; null for fresh ones at each meta-step", ge=1, lt=2**31)
+    noise_std: float = key(
+        0.1,
+        "standard deviation of the noise on training targets and on all support sets (test queries are clean)",
+        ge=0,
+    )
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        return "formula"
+
+
+DATASETS = (Glyphs, Omniglot, Sinusoid, Harmonic)
