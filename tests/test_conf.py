@@ -96,7 +96,7 @@ def constructor(schema) -> dict[str, inspect.Parameter]:
 
 GIVEN = {  # by `build_learner`
     "backbone": {"input_shape", "outputs"},
-    "algorithm": {"net", "kind", "regularizer", "chunk_bytes", "recompute", "seed"},
+    "algorithm": {"net", "kind", "regularizer", "chunk_bytes", "recompute", "combine", "seed"},
 }
 STEPS = {"inner_steps", "test_steps", "inner_loss_reduction"}  # no keys of algorithms that do not descend
 
