@@ -96,6 +96,9 @@ class Episodes(pl.LightningDataModule):
                 part = slice(int(group[0]) - low, int(group[-1]) - low + 1)
                 together = self.dataset.fetch("train", {k: v[part].flatten(0, 1) for k, v in draws.items()})
                 keys = group[:, None].expand(-1, len(tasks)).unbind(0)
+                if self.sampler.corrupted:
+                    coordinates = group.repeat_interleave(len(tasks)), tasks.repeat(len(group))
+                    together = self.sampler.corrupt(together, self.train_key.sub("corrupted"), *coordinates)
                 for step, key, episodes in zip(
                     group.tolist(), keys, _unstack(together.to(self.dtype), len(group)), strict=True
                 ):

@@ -14,7 +14,7 @@ from metalearn.data import Episodes, FrozenStream, TrainStream
 from metalearn.datasets.base import ClassImages, ImageDataset
 from metalearn.datasets.harmonic import Harmonic
 from metalearn.datasets.sinusoid import Sinusoid
-from metalearn.episode import MetaBatch
+from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.random import Key
 from metalearn.samplers import Uniform
 
@@ -387,3 +387,32 @@ def test_a_stream_that_starts_anywhere_has_the_same_bits():
     for first in (1, 129, 131, 255):
         later = list(episodes(Sinusoid(), meta_batch_size=3).training(first, 300))
         assert same(flat(later), flat(whole[first:]))
+
+
+# ---- corrupted tasks ---------------------------------------------------------------------------------------------
+
+
+def test_one_task_in_five_is_corrupted_in_training_alone():
+    """Its targets are another order of the clean ones, drawn by coordinates; inputs and all other tasks are equal."""
+    clean, bad = (
+        episodes(dataset=Sinusoid(), sampler=s, meta_batch_size=10, max_steps=4)
+        for s in (Uniform(), Uniform(corrupted=0.2))
+    )
+    for a, b in zip(clean.training(0, 4), bad.training(0, 4), strict=True):
+        for whole, part in zip(a.episodes[:2], b.episodes[:2], strict=True):
+            assert torch.equal(whole.x, part.x)
+            assert (whole.y != part.y).flatten(1).any(1).nonzero()[:, 0].tolist() == [4, 9]
+            assert torch.equal(whole.y.sort(1).values, part.y.sort(1).values)
+    resumed = list(bad.training(2, 4))
+    assert all(torch.equal(a.episodes.query.y, b.episodes.query.y) for a, b in zip(
+        resumed, list(bad.training(0, 4))[2:], strict=True))  # fmt: skip
+    for a, b in zip(clean.evaluation("val"), bad.evaluation("val"), strict=True):
+        assert torch.equal(a.episodes.query.y, b.episodes.query.y)
+
+
+@pytest.mark.parametrize("share, expected", [(0.0, []), (0.3, [3, 6, 9]), (1.0, list(range(10)))])
+def test_the_share_of_corrupted_tasks_is_exact(share, expected):
+    y = torch.arange(50).float().view(1, 50, 1).expand(10, -1, -1)
+    stack, task = Episode(Examples(y, y), Examples(y, y), {}), torch.arange(10)
+    out = Uniform(corrupted=share).corrupt(stack, Key(0, "c"), torch.zeros_like(task), task)
+    assert (out.support.y != y).flatten(1).any(1).nonzero()[:, 0].tolist() == expected

@@ -131,6 +131,7 @@ class Uniform:
     epoch: ClassVar[int] = 1
 
     name: str = key("uniform", "name in tables and logs", touches="none")
+    corrupted: float = key(0.0, "share of each meta-batch's training tasks whose targets are shuffled", ge=0, le=1)
 
 
 @dataclass
