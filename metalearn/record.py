@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from metalearn.cells import Cell, config_hash
-from metalearn.evaluation.metrics import summarize
+from metalearn.evaluation.metrics import qualifiers_of, summarize
 from metalearn.ledger import CellDir
 from metalearn.schema import fields_of, member_of
 
@@ -128,16 +128,18 @@ def table(result: Config, directory: CellDir) -> str:
     elif protocol["shot"]:
         title += f", {protocol['shot']} shots"
     shown = _few_steps(protocol["test_steps"])
-    rows = [("metric", "mean", "95% CI (tasks)", "n", "bn", "step")]
-    for name, m in result["metrics"].items():
-        qualifiers = dict(q.split("=", 1) for q in name.partition("@")[2].split(",") if q)
-        where = (qualifiers.get("bn", protocol["bn"]), qualifiers.get("step", str(protocol["test_steps"])))
-        if int(where[1]) in shown:
-            rows.append((name.partition("@")[0], number(m["mean"]), "+- " + number(m["ci95"]), str(m["n"]), *where))
+    names = [(name.partition("@")[0], qualifiers_of(name)) for name in result["metrics"]]
+    grouped = any("group" in q for _, q in names)
+    rows = [("metric", "mean", "95% CI (tasks)", "n", "bn", "step", *(["group"] if grouped else []))]
+    for (name, q), m in zip(names, result["metrics"].values(), strict=True):
+        step = q.get("step", str(protocol["test_steps"]))
+        where = (q.get("bn", protocol["bn"]), step, *([q.get("group", "all")] if grouped else []))
+        if int(step) in shown:
+            rows.append((name, number(m["mean"]), "+- " + number(m["ci95"]), str(m["n"]), *where))
     rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     aligned = [
-        [c.ljust(w) if i in (0, 4) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))]
+        [c.ljust(w) if i in (0, 4, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))]
         for r in rows
     ]
     lines = ["  ".join(row) for row in aligned]

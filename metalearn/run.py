@@ -207,6 +207,7 @@ def fit(trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Rec
 
 def episode_rows(recorder: Recorder, learner: MetaLearner, dataset: Dataset) -> pd.DataFrame:
     """One row for each test episode, batch-norm mode and step: the contract's `episodes.parquet`."""
+    groups = None if recorder.groups is None else [dataset.groups[i] for i in recorder.groups.tolist()]
     frames = []
     for (bn, step), (values, losses) in recorder.test.items():
         frames.append(
@@ -218,7 +219,7 @@ def episode_rows(recorder: Recorder, learner: MetaLearner, dataset: Dataset) -> 
                     "metric": learner.metric_name,
                     "value": values.double().numpy(),
                     "loss": losses.double().numpy(),
-                    "group": pd.Series([None] * len(values), dtype="object"),
+                    "group": pd.Series(groups or [None] * len(values), dtype="object"),
                 }
             )
         )

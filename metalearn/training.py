@@ -8,15 +8,19 @@ import math
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from metalearn.data import Episodes
 from metalearn.learner import MetaLearner, Scores
 from metalearn.ledger import CellDir, Checkpoints
+
+K = TypeVar("K")
+T = TypeVar("T", bound=tuple[Tensor, ...])
 
 
 class MetricsFile:
@@ -34,20 +38,26 @@ class MetricsFile:
             file.write(json.dumps({"attempt": self.attempt, "step": step, **values}, allow_nan=False) + "\n")
 
 
-def gather(scores: list[Scores], ranks: int, total: int) -> Scores:
-    """All episodes' scores in the order of their index, from stacks dealt out to ranks in turn."""
-    mine = {p: tuple(torch.cat([s[p][i].cpu() for s in scores]) for i in (0, 1)) for p in (scores[0] if scores else {})}
+def gather(stacks: list[dict[K, T]], ranks: int, total: int) -> dict[K, T]:
+    """What is known of all episodes in the order of their index, from stacks dealt out to ranks in turn.
+
+    Args:
+        stacks: this rank's, in order; tensors `[B]` by name.
+        ranks: how many there are; episode i is with rank i modulo `ranks`.
+        total: episodes of all ranks.
+    """
+    first: dict[K, T] = stacks[0] if stacks else {}
+    mine = {k: tuple(torch.cat([s[k][i].cpu() for s in stacks]) for i in range(len(v))) for k, v in first.items()}
     parts: list[Any] = [mine]
     if ranks > 1:
         parts = [None] * ranks
         dist.all_gather_object(parts, mine)
-    out = {}
-    for point in parts[0]:
-        whole = torch.empty(2, total, dtype=parts[0][point][0].dtype)
+    out: dict[K, Any] = {}
+    for name, tensors in parts[0].items():
+        out[name] = tuple(torch.empty(total, dtype=t.dtype) for t in tensors)
         for rank, part in enumerate(parts):
-            for i in (0, 1):
-                whole[i, rank::ranks] = part[point][i]
-        out[point] = (whole[0], whole[1])
+            for whole, piece in zip(out[name], part[name], strict=True):
+                whole[rank::ranks] = piece
     return out
 
 
@@ -56,6 +66,9 @@ class Recorder(pl.Callback):
 
     A checkpoint holds parameters, buffers, the outer optimizer's state, the meta-step and what selection knows, so a
     resumed run continues with the same bits; draws need no state.
+
+    Attributes:
+        test: scores of all test episodes; groups: int64, the group of each, None where tasks have none.
     """
 
     def __init__(
@@ -69,6 +82,8 @@ class Recorder(pl.Callback):
         self.validated = -1
         self.scores: list[Scores] = []
         self.test: Scores = {}
+        self.groups: Tensor | None = None
+        self._groups: list[dict[str, tuple[Tensor, ...]]] = []
         self.seconds = 0.0
         self._saved = self._printed = self._started = time.monotonic()
         self._logged = self._first = 0
@@ -171,12 +186,16 @@ class Recorder(pl.Callback):
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
         self.scores.append(outputs)
+        self._groups.append({k: (v,) for k, v in batch.episodes.latent.items() if k == "group"})
         if self.writes:
             self.cell.beat()
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _, data = _ours(trainer, pl_module)
-        self.test, self.scores = gather(self.scores, trainer.world_size, data.frozen["test"]), []
+        ranks, total = trainer.world_size, data.frozen["test"]
+        self.test, self.scores = gather(self.scores, ranks, total), []
+        self.groups = gather(self._groups, ranks, total).get("group", (None,))[0]
+        self._groups = []
 
     # ---- telling -------------------------------------------------------------------------------------------------
 

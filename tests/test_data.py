@@ -12,6 +12,7 @@ from scipy.stats import chisquare, kstest
 from metalearn import data as data_module
 from metalearn.data import Episodes, FrozenStream, TrainStream
 from metalearn.datasets.base import ClassImages, ImageDataset
+from metalearn.datasets.group_regression import GroupRegression
 from metalearn.datasets.harmonic import Harmonic
 from metalearn.datasets.sinusoid import Sinusoid
 from metalearn.episode import Episode, Examples, MetaBatch
@@ -82,8 +83,9 @@ def interleaved(parts: list[list]) -> list:
     return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
 
 
-SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase"), Harmonic()]
-each_source = pytest.mark.parametrize("source", SOURCES, ids=["pictures", "finn", "trlearner", "harmonic"])
+FAMILIES = GroupRegression(noise_std=0.1)
+SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase"), Harmonic(), FAMILIES]
+each_source = pytest.mark.parametrize("source", SOURCES, ids=["pictures", "finn", "trlearner", "harmonic", "families"])
 
 
 # ---- streams -----------------------------------------------------------------------------------------------------

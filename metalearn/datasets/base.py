@@ -39,11 +39,14 @@ class Dataset(ABC):
         kind: `classification` or `regression`; fixes the loss and the metrics.
         label_space: `shared` if slot c means the same in all training tasks, else `permuted`.
         input_shape: shape of one example.
+        groups: names of the groups that tasks belong to; episodes then have `latent["group"]`, int64 `[B]`, an index
+            into these names. Results are split by it, and no algorithm sees it.
     """
 
     kind: Literal["classification", "regression"]
     label_space: Literal["shared", "permuted"]
     input_shape: tuple[int, ...]
+    groups: tuple[str, ...] = ()
 
     @abstractmethod
     def outputs(self, split: Split) -> int:

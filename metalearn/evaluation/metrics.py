@@ -47,6 +47,11 @@ def metric_name(metric: str, **qualifiers: Any) -> str:
     return f"{metric}@{','.join(parts)}" if parts else metric
 
 
+def qualifiers_of(name: str) -> dict[str, str]:
+    """The qualifiers of a name that `metric_name` made, as text."""
+    return dict(q.split("=", 1) for q in name.partition("@")[2].split(",") if q)
+
+
 def summarize(episodes: pd.DataFrame, headline_bn: str, headline_step: int) -> dict[str, dict[str, Any]]:
     """The `metrics` of a result from its episode rows (contract, section 3).
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 from zipfile import BadZipFile
 
-from metalearn.schema.keys import BadInput, key
+from metalearn.schema.keys import BadInput, key, show
 
 Config = dict[str, Any]
 
@@ -210,4 +210,39 @@ class Harmonic(Dataset):
         return "formula"
 
 
-DATASETS = (Glyphs, Omniglot, Sinusoid, Harmonic)
+@dataclass
+class GroupRegression(Dataset):
+    """metalearn.datasets.group_regression.GroupRegression."""
+
+    target: ClassVar[str] = "metalearn.datasets.group_regression.GroupRegression"
+    kind: ClassVar[str] = "regression"
+
+    families: list[str] = key(
+        ["sine", "line", "quadratic"],
+        "families of curves, each a group",
+        choices=("sine", "line", "quadratic", "cubic"),
+    )
+    noise_std: float = key(
+        0.0, "standard deviation of the noise on training targets and support sets (target's units)", ge=0
+    )
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(None, "query points in validation and test; null means as in training", ge=1)
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from _not_a_set("dataset.families", dataset["families"], "family")
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        return "formula"
+
+
+def _not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
+    """Why these are no choice of groups."""
+    if not names or len(set(names)) < len(names):
+        yield f"{path}={show(names)}: must name at least one {what}, and none twice"
+
+
+DATASETS = (Glyphs, Omniglot, Sinusoid, Harmonic, GroupRegression)
