@@ -8,7 +8,7 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import MAML, ProtoNet, Reptile
+from metalearn.algorithms import MAML, MatchingNet, ProtoNet, Reptile
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -66,6 +66,9 @@ ALGORITHMS = [
         couples=True,
     ),
     Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
+    Row("matchingnet", MatchingNet, {"scale": 10.0}, static=True, exact=True, passes=([], SITES[:-1])),
+    Row("matchingnet_sum", MatchingNet, {"attention": "sum_cos"}, static=True, exact=True, passes=([], SITES[:-1])),
+    Row("matchingnet_context", MatchingNet, {"context": True}, static=True, exact=True, passes=([], SITES[:-1])),
 ]
 ROWS = {row.name: row for row in ALGORITHMS}
 Case = tuple[str, str]
@@ -88,7 +91,8 @@ def create(case: Case, net: Any = None, **changes: Any) -> MetaLearner:
     name, kind = case
     row = ROWS[name]
     if net is None:
-        net = oracles.conv_net(3 if row.cls.needs_head else 0) if kind == "classification" else oracles.mlp()
+        classes, targets = (3, 1) if row.cls.needs_head else (0, 0)
+        net = oracles.conv_net(classes) if kind == "classification" else oracles.mlp(targets)
     return build(row.cls, net, kind, **{**row.arguments, **changes})
 
 

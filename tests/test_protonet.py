@@ -1,9 +1,13 @@
 """Prototypical networks against their identities (float64)."""
 
+import oracles
+import pytest
 import torch
-from oracles import VALUES, assert_close, normal
+from oracles import VALUES, assert_close, normal, outer_gradient
+from table import create
 
-from metalearn.algorithms.protonet import logits, prototypes
+from metalearn.algorithms import ProtoNet
+from metalearn.algorithms.protonet import kernel_regression, logits, prototypes
 
 
 def test_prototype_fixture():
@@ -35,3 +39,36 @@ def test_distances_do_not_see_how_the_space_lies():
     rotation, shift = torch.linalg.qr(normal(3, 3, seed=2))[0], normal(3, seed=3)
     moved = [e @ rotation + shift for e in (z, q)]
     assert_close(logits(moved[1], prototypes(moved[0], y, 3)), logits(q, prototypes(z, y, 3)))
+
+
+# ---- regression --------------------------------------------------------------------------------------------------
+
+
+def test_the_kernel_is_the_class_posterior_of_one_shot():
+    """P4: one-hot targets, one example a class, tau = 1."""
+    z, support, one = normal(2, 4, 3, seed=0), normal(2, 5, 3, seed=1), torch.ones(())
+    y = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
+    labels = torch.arange(5).expand(2, 5)
+    expected = logits(z, prototypes(support, labels, 5)).softmax(-1)
+    assert_close(kernel_regression(z, support, y, one.double()), expected)
+
+
+def test_the_kernel_stays_within_the_support_targets():
+    """P5, and its limits: the mean for wide kernels, the nearest target for narrow ones."""
+    z, support, y = normal(3, 7, 2, seed=0), normal(3, 4, 2, seed=1), normal(3, 4, 1, seed=2)
+    out = kernel_regression(z, support, y, torch.tensor([0.3, 1.0, 3.0], dtype=torch.float64))
+    assert bool((out >= y.amin(1, keepdim=True)).all() and (out <= y.amax(1, keepdim=True)).all())
+    wide, narrow = (kernel_regression(z, support, y, torch.tensor(t, dtype=torch.float64)) for t in (1e14, 1e-5))
+    assert_close(wide, y.mean(1, keepdim=True).expand_as(wide))
+    nearest = torch.cdist(z, support).argmin(-1, keepdim=True)
+    assert_close(narrow, y.gather(1, nearest))
+
+
+def test_the_bandwidth_is_learned():
+    """Its slope is the central difference of the objective; it starts at the root of the features' number."""
+    learner, episodes = create(("protonet", "regression")), oracles.curves()
+    grad = outer_gradient(learner, episodes)["kernel.log_tau"]
+    (slope,) = oracles.finite_differences(lambda: oracles.outer_value(learner, episodes), [learner.kernel.log_tau])
+    torch.testing.assert_close(grad, slope, rtol=1e-7, atol=1e-9)
+    fresh = ProtoNet(net=oracles.mlp(0), kind="regression")
+    assert fresh.kernel.log_tau.exp().item() == pytest.approx(3**0.5, rel=1e-6)  # float32

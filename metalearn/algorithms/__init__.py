@@ -1,7 +1,8 @@
 """Meta-algorithms, one file each."""
 
 from metalearn.algorithms.maml import MAML
+from metalearn.algorithms.matchingnet import MatchingNet
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
 
-__all__ = ["MAML", "ProtoNet", "Reptile"]
+__all__ = ["MAML", "MatchingNet", "ProtoNet", "Reptile"]

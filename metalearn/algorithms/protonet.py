@@ -1,17 +1,15 @@
 """Prototypical networks (Snell, Swersky & Zemel, NeurIPS 2017, https://arxiv.org/abs/1703.05175)."""
 
-from typing import ClassVar
+import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metalearn.bn import normalization, sets_with_support
-from metalearn.episode import Examples, Params, Theta
-from metalearn.functional import Trajectory
-from metalearn.learner import MetaLearner
-from metalearn.ops import Normalization
-from metalearn.random import TaskKey
+from metalearn.algorithms.metric import Metric
+from metalearn.episode import Theta
+from metalearn.parameters import Parameters
 
 
 def prototypes(z: Tensor, y: Tensor, way: int) -> Tensor:
@@ -34,33 +32,37 @@ def logits(z: Tensor, centres: Tensor) -> Tensor:
     return 2 * z @ centres.mT - centres.square().sum(-1).unsqueeze(-2) - z.square().sum(-1, keepdim=True)
 
 
-class ProtoNet(MetaLearner):
+def kernel_regression(z: Tensor, support: Tensor, y: Tensor, tau: Tensor) -> Tensor:
+    """Mean of the support targets, weighted by softmax(-|z - z_j|^2 / tau).
+
+    Args:
+        z: `[B, n, D]` embedded queries.
+        support: `[B, S, D]` embedded support sets.
+        y: `[B, S, outputs]` targets.
+        tau: bandwidth, in squared distances: one number, or `[B]`.
+
+    Returns:
+        `[B, n, outputs]`, each within the range of its support targets.
+    """
+    return (logits(z, support) / tau.view(-1, 1, 1)).softmax(-1) @ y
+
+
+class ProtoNet(Metric):
     """Classify a query by its distance to the class means of the embedded support set; nothing is adapted.
 
-    With batch statistics the support and query sets are embedded together, as in the authors' training code; their
-    evaluation uses running averages.
+    The paper has no regression. Targets that are numbers have no classes, so here every support example is a
+    prototype (`kernel_regression`), with a bandwidth tau that is meta-learned from sqrt(D); with one-hot targets, one
+    shot and tau = 1 that is the paper's posterior. Report it as "ProtoNet (kernel regression)": what TRLearner's
+    regression tables call ProtoNet is not described there.
     """
 
-    needs_head: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+    def __init__(self, **learner: Any):
+        super().__init__(**learner)
+        if self.kind == "regression":
+            self.kernel = Parameters({"log_tau": torch.tensor(math.log(self.net.stage("feat").shape[0]) / 2)})
 
-    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """No task parameters: `[{}]`. Prototypes depend on how the query is normalised, see `predict`."""
-        return [{}]
-
-    def predict(
-        self, theta: Theta, phi: Params, x: Tensor, *, support: Examples, bn: str, record: Normalization | None = None
-    ) -> Tensor:
-        """Logits `[B, n, N]` from prototypes embedded under the same normalisation as the queries."""
-        way, shots, queries = int(support.y.max()) + 1, support.x.shape[1], x.shape[1]
-
-        def embed(z: Tensor, norm: Normalization) -> Tensor:
-            return self.run_net(self.network(theta) | phi, z, when="query", stop="feat", norm=norm)
-
-        if bn == "support_plus_one":
-            z = embed(sets_with_support(x, support.x), Normalization(sets=queries)).unflatten(1, (queries, -1))
-            z, y = z.flatten(0, 1), support.y.repeat_interleave(queries, 0)
-            return logits(z[:, shots:], prototypes(z[:, :shots], y, way)).squeeze(1).unflatten(0, (-1, queries))
-        norm = normalization(embed, support.x, bn, self.running.statistics(), record)
-        z = embed(torch.cat([support.x, x], 1), norm)
-        return logits(z[:, shots:], prototypes(z[:, :shots], support.y, way))
+    def compare(self, theta: Theta, support: Tensor, y: Tensor, query: Tensor) -> Tensor:
+        """Logits over the classes, or the kernel's mean of the support targets."""
+        if self.kind == "regression":
+            return kernel_regression(query, support, y, theta["kernel"]["log_tau"].exp())
+        return logits(query, prototypes(support, y, int(y.max()) + 1))

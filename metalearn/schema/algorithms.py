@@ -130,9 +130,27 @@ class ProtoNet(Algorithm):
 
     target: ClassVar[str] = "metalearn.algorithms.ProtoNet"
     needs_head: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = ("classification",)
 
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, Reptile, ProtoNet)
+@dataclass
+class MatchingNet(Algorithm):
+    """metalearn.algorithms.MatchingNet."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MatchingNet"
+    needs_head: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = ("classification",)
+
+    attention: str = key(
+        "softmax",
+        "class scores: attention over the support set, or sums of cosines as logits",
+        choices=("softmax", "sum_cos"),
+    )
+    scale: float = key(1.0, "factor of the cosines (an inverse temperature)", gt=0)
+    context: bool = key(False, "full context embeddings: LSTMs over the support set and over reads of it")
+    reads: int = key(3, "steps of the query's LSTM (context=true)", ge=1)
+    bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
+
+
+ALGORITHMS = (MAML, Reptile, ProtoNet, MatchingNet)
