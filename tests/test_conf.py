@@ -7,6 +7,7 @@ import typing
 from importlib import import_module
 from pathlib import Path
 
+import own_data
 import pytest
 import tiny_omniglot
 import yaml
@@ -26,11 +27,21 @@ TYPES = [(group, schema) for group, found in MEMBERS.items() for schema in found
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """A folder that passes for Omniglot until pictures are read."""
+def places(tmp_path_factory):
+    """What else the data sets that read files need: small ones, that pass for the published until pictures are read."""
+    folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         tiny_omniglot.pretend(patch)
-        yield tiny_omniglot.archives(tmp_path_factory.mktemp("omniglot"))
+        yield {
+            "omniglot": [f"dataset.root={tiny_omniglot.archives(folder / 'omniglot')}", "dataset.checksum=off"],
+            "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
+        }
+
+
+def placed(arguments: list[str], places: dict[str, list[str]], file: Path) -> list[str]:
+    """The arguments with those that their data set, or that of a member's file, needs to be found."""
+    names = re.findall(r"\bdataset[:=] ?(\w+)", " ".join(arguments)) or re.findall(r"/dataset: (\w+)", file.read_text())
+    return [*arguments, *(places.get(names[-1], []) if names else [])]
 
 
 def legal(group: str, name: str) -> list[str]:
@@ -48,12 +59,8 @@ def legal(group: str, name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda v: v)
-def test_every_yaml_composes_and_instantiates(group, name, root):
-    arguments = legal(group, name)
-    file = Path(conf_dir(), group, f"{name}.yaml")
-    if "dataset=omniglot" in arguments or "dataset: omniglot" in file.read_text():
-        arguments += [f"dataset.root={root}", "dataset.checksum=off"]
-    for cell in expand(arguments):
+def test_every_yaml_composes_and_instantiates(group, name, places):
+    for cell in expand(placed(legal(group, name), places, Path(conf_dir(), group, f"{name}.yaml"))):
         if group == "dataset_algorithm":
             assert f"{group}={name}" in cell.overrides
         elif "name" in cell.config.get(group, {}):
@@ -66,12 +73,13 @@ def test_every_yaml_composes_and_instantiates(group, name, root):
 
 
 @pytest.mark.parametrize("name", members("dataset_algorithm"))
-def test_keys_that_a_departures_comment_offers_can_be_set(name, root):
+def test_keys_that_a_departures_comment_offers_can_be_set(name, places):
     """The authors' values and those for 20-way, all at once."""
-    comment = [x for x in Path(conf_dir(), "dataset_algorithm", f"{name}.yaml").read_text().splitlines() if x[0] == "#"]
+    file = Path(conf_dir(), "dataset_algorithm", f"{name}.yaml")
+    comment = [x for x in file.read_text().splitlines() if x[0] == "#"]
     keys = re.findall(r"\w+\.\w+=[\w.]*\w", " ".join(comment))
-    place = [f"dataset.root={root}", "dataset.checksum=off"] if name.startswith("omniglot") else []
-    (plain,), (changed,) = (expand([*legal("dataset_algorithm", name), *place, *more]) for more in ([], keys))
+    arguments = placed(legal("dataset_algorithm", name), places, file)
+    (plain,), (changed,) = (expand([*arguments, *more]) for more in ([], keys))
     assert (plain.train_id == changed.train_id) == (not keys)
 
 

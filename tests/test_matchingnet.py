@@ -20,7 +20,9 @@ def test_fixture():
     cosine = cosines(query[None], support[None])
     assert_close(cosine[0, 0], torch.tensor(v["cos"], dtype=torch.float64))
     log_p = attention(cosine, y, 2, 1.0)[0, 0]
-    torch.testing.assert_close(log_p.exp(), torch.tensor(v["posterior_softmax_attention"], dtype=torch.float64), rtol=1e-7, atol=2e-8)
+    torch.testing.assert_close(
+        log_p.exp(), torch.tensor(v["posterior_softmax_attention"], dtype=torch.float64), rtol=1e-7, atol=2e-8
+    )
     sums = learner(attention="sum_cos").compare({}, support[None], y, query[None])[0, 0]
     assert_close(sums, torch.tensor(v["sum_cos_logits"], dtype=torch.float64))
 

@@ -71,8 +71,7 @@ class ImageDataset(Dataset):
     def problems(cls, dataset: Config) -> Iterator[str]:
         known = cls.capacity(dataset) or {}
         for split, (classes, pictures) in known.items():
-            prefix = "" if split == "train" else "test_"
-            names = {k: f"{prefix}{k}" if dataset[prefix + k] is not None else k for k in ("way", "shot", "queries")}
+            names = size_keys(dataset, split)
             way, shot, queries = (dataset[name] for name in names.values())
             if way > classes:
                 yield f"dataset.{names['way']}={way}: must be <= {classes}, the classes of split '{split}'"
@@ -81,6 +80,13 @@ class ImageDataset(Dataset):
                     f"dataset.{names['shot']} + dataset.{names['queries']} = {shot + queries}: must be <= {pictures}, "
                     f"the pictures of a class in split '{split}'; lower dataset.{names['queries']}"
                 )
+
+
+def size_keys(dataset: Config, split: str) -> dict[str, str]:
+    """Which keys set way (if it has one), shot and queries of a split."""
+    prefix = "" if split == "train" else "test_"
+    sizes = [k for k in ("way", "shot", "queries") if k in dataset]
+    return {k: f"{prefix}{k}" if dataset[prefix + k] is not None else k for k in sizes}
 
 
 @dataclass

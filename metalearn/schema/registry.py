@@ -7,12 +7,12 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from metalearn.schema import algorithms, datasets, groups, parts
+from metalearn.schema import algorithms, datasets, groups, own_data, parts
 from metalearn.schema.keys import BadInput, fields_of
 
 MEMBERS: dict[str, dict[str, type]] = {
     "algorithm": {s.target: s for s in algorithms.ALGORITHMS},
-    "dataset": {s.target: s for s in datasets.DATASETS},
+    "dataset": {s.target: s for s in (*datasets.DATASETS, *own_data.DATASETS)},
     "sampler": {s.target: s for s in parts.SAMPLERS},
     "backbone": {s.target: s for s in parts.BACKBONES},
     "regularizer": {s.target: s for s in parts.REGULARIZERS},

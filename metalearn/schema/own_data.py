@@ -1,0 +1,117 @@
+"""Keys of the data sets that read people's own data."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from metalearn.schema.datasets import Config, ImageDataset, size_keys
+from metalearn.schema.keys import BadInput, key, show
+
+
+def refuse_small(dataset: Config, sizes: dict[str, dict[str, int]], group: str, examples: str) -> None:
+    """Refuse data that do not allow the episodes that are asked for.
+
+    Args:
+        dataset: the section.
+        sizes: split -> name of a class or task -> number of its examples.
+        group: `class` or `task`.
+        examples: what they are called.
+
+    Raises:
+        BadInput: for the first split that is too small.
+    """
+    groups = {"class": "classes"}.get(group, f"{group}s")
+    for split, counts in sizes.items():
+        names = size_keys(dataset, split)
+        if not counts:
+            raise BadInput(f"dataset.root={dataset['root']}: no {groups} for split '{split}'")
+        if "way" in names and (way := dataset[names["way"]]) > len(counts):
+            all_of_them = "/".join(str(len(found)) for found in sizes.values())
+            raise BadInput(
+                f"dataset.{names['way']}={way}: must be <= {len(counts)}, the {groups} of split '{split}' "
+                f"({all_of_them} in {'/'.join(sizes)})"
+            )
+        total = dataset[names["shot"]] + dataset[names["queries"]]
+        small = sorted((count, name) for name, count in counts.items() if count < total)
+        if small:
+            more = f" ({len(small)} {groups} have too few)" if len(small) > 1 else ""
+            raise BadInput(
+                f"dataset.{names['shot']} + dataset.{names['queries']} = {total}: must be <= {small[0][0]}, the "
+                f"{examples} of {group} '{small[0][1]}' in split '{split}'{more}; lower dataset.{names['queries']}"
+            )
+
+
+def fractions_key(groups: str) -> Any:
+    """The key of a division by shares."""
+    doc = f"shares of the {groups} in train, val and test, in an order that dataset.seed and their names decide"
+    return key([0.64, 0.16, 0.2], doc, gt=0, lt=1, length=3)
+
+
+def fractions_problems(dataset: Config) -> Iterator[str]:
+    """Shares that are not one in all."""
+    if abs(sum(dataset["fractions"]) - 1) > 1e-6:
+        yield f"dataset.fractions={show(dataset['fractions'])}: must sum to 1"
+
+
+@dataclass
+class Folder(ImageDataset):
+    """metalearn.datasets.folder.Folder."""
+
+    target: ClassVar[str] = "metalearn.datasets.folder.Folder"
+
+    root: str = key(
+        ..., "folder with one subfolder of pictures (png, jpg, webp, bmp) a class, or its zip or tar archive"
+    )
+    size: int = key(84, "height and width in pixels, to which all pictures are resized", ge=8, le=1024)
+    color: str = key("rgb", "three channels or one", choices=("rgb", "grey"))
+    resize: str = key(
+        "stretch", "how pictures become square: stretched, or the middle cropped", choices=("stretch", "crop")
+    )
+    invert: bool = key(False, "dark becomes bright, as for ink on paper")
+    split: str = key(
+        "auto",
+        "division of the classes: by folders train, val and test, by fractions, or by folders if there are such",
+        choices=("auto", "folders", "fractions"),
+    )
+    split_file: str | None = key(
+        None,
+        "json {train: [classes], val: ..., test: ...} or csv with columns class and split that divides them instead; "
+        "classes that it does not name are left out",
+        touches="none",  # data_hash says what it divides
+    )
+    fractions: list[float] = fractions_key("classes")
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from super().problems(dataset)
+        yield from fractions_problems(dataset)
+        if dataset["split_file"] is not None and dataset["split"] != "auto":
+            yield f"dataset.split={dataset['split']}: dataset.split_file divides the classes already; leave out one"
+
+    @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        return dataset["size"]
+
+    @classmethod
+    def _request(cls, dataset: Config) -> Any:
+        from metalearn.datasets.folder_files import Request
+
+        given = {name: dataset[name] for name in Request._fields}
+        return Request(**given | {"fractions": tuple(dataset["fractions"])})
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.folder_files import prepare
+
+        found = prepare(cls._request(dataset))
+        refuse_small(dataset, found.sizes(), "class", "pictures")
+        return found.data_hash
+
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        from metalearn.datasets.folder_files import find
+
+        return find(cls._request(dataset)).versions()
+
+
+DATASETS = (Folder,)
