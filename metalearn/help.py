@@ -17,6 +17,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
   metalearn experiment=<paper>/<id>             a prepared sweep
   metalearn --cfg job [...]                     print the whole composed configuration
   metalearn --help <group>                      the keys of a group
+  metalearn check grad [key=value] ...          whether a run's outer gradient is right, on its own model and data
   metalearn bench [--help]                      how fast meta-steps are, beside other libraries
 
 groups and their members:"""

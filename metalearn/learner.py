@@ -141,6 +141,11 @@ class MetaLearner(pl.LightningModule, ABC):
         """Whether the outer objective is more than a mean of what each task contributes by itself."""
         return type(self).outer is not MetaLearner.outer or self.regularizer.overrides("penalty")
 
+    @property
+    def exact(self) -> bool:
+        """Whether the outer gradient is the slope of the outer objective; first-order methods' is not."""
+        return True
+
     def updates(self, batch: MetaBatch) -> list[MetaBatch]:
         """The outer updates that one meta-step makes, in order: one over all its tasks."""
         return [batch]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -72,6 +72,25 @@ def differentiate(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> 
     return grads, out, largest.isfinite().all()
 
 
+def objective(learner: MetaLearner, batch: MetaBatch) -> Callable[[], float]:
+    """A function that evaluates the outer objective at the learner's present parameters, for the meta-batch.
+
+    The weights of an outer rule (`learner.combine`) are constants of the objective; they are those of now.
+    """
+    weights = meta_gradient(learner, batch).aux.get("weight")
+    episodes = learner.regularizer.episodes(batch.episodes, batch.key)
+
+    def value() -> float:
+        with torch.no_grad():
+            theta = learner.theta()
+            out = learner.task_loss(theta, episodes, batch.key)
+            if weights is not None:
+                return float(weights @ out.loss)
+            return float(_objective(learner, theta, episodes, out))
+
+    return value
+
+
 def bad_tasks(loss: Tensor, batch: MetaBatch) -> list[int]:
     """Indices of the tasks whose loss is not finite, on all ranks (each of which has to ask)."""
     bad = (~loss.isfinite()).to(batch.key.task.device)
@@ -127,10 +146,11 @@ def _rewritten(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tup
     out = _join(list(outs))
     if combine is None:
         return [g.sum(0) / batch.total for g in stacked.values()], out
-    weights = combine.weights(stacked, _leaves(learner), out)
+    with torch.no_grad():  # weights are constants of the outer step
+        weights = combine.weights(stacked, learner.theta(), out)
     # a task without weight takes no part, whatever its gradient is
     total = [torch.einsum("b,b...->...", weights, _where(weights != 0, g)) for g in stacked.values()]
-    return total, out._replace(phi={}, aux=out.aux | {"weight": weights.detach()})
+    return total, out._replace(phi={}, aux=out.aux | {"weight": weights})
 
 
 def _where(kept: Tensor, g: Tensor) -> Tensor:

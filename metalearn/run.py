@@ -19,7 +19,16 @@ from metalearn.compiled import Compiler
 from metalearn.data import Episodes
 from metalearn.datasets.base import Dataset
 from metalearn.learner import Diverged, MetaLearner
-from metalearn.ledger import CellDir, Checkpoints, leads, note_trained, trained_by, write_atomically, write_json
+from metalearn.ledger import (
+    CellDir,
+    Checkpoints,
+    leads,
+    note_trained,
+    read_json,
+    trained_by,
+    write_atomically,
+    write_json,
+)
 from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
 from metalearn.ops.conv import multiply_in
@@ -166,7 +175,8 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
     if main:
         rows = episode_rows(recorder, learner, dataset)
         result = result_of(cell, learner, recorder, rows, code, modes[0], step, seconds, error)
-        _write_result(directory, rows, result, logger)
+        certificate = read_json(directory.path / "certificate.json")
+        _write_result(directory, rows, result | ({"certificate": certificate} if certificate else {}), logger)
     return "done" if error is None else "diverged"
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metalearn.algorithms import MAML, ProtoNet, Reptile
 from metalearn.cells import expand
-from metalearn.episode import Episode, Examples, TaskOutput
+from metalearn.episode import Episode, Examples
 from metalearn.learner import Diverged
 from metalearn.meta_gradient import meta_gradient
 from metalearn.outer import Agreement, agreement
@@ -207,10 +207,9 @@ def test_a_coupled_objective_has_no_task_gradients():
 
 
 def test_weights_are_constants():
-    """No gradient runs through them."""
-    out = TaskOutput(torch.ones(2), None, {}, {}, {}, {})
-    grads = {"net.w": normal(2, 3, seed=0).requires_grad_()}
-    assert not Agreement(vector="meta_grad").weights(grads, {}, out).detach().requires_grad
+    """No gradient runs through them, and the outer gradient has no graph."""
+    result = meta_gradient(create(("gradient_agreement", "regression")), meta_batch(oracles.curves(4)))
+    assert not any(t.requires_grad for t in (*result.grads, result.aux["weight"]))
 
 
 @pytest.mark.parametrize(

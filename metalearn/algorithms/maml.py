@@ -33,6 +33,11 @@ class MAML(MetaLearner):
         """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
         return self.descend(self.network(theta), support, steps, self.alpha)
 
+    @property
+    def exact(self) -> bool:
+        """First-order gradients are not the slope of the outer objective."""
+        return not self.first_order or self.inner_steps == 0
+
     def moves(self, name: str) -> bool:
         """Whether the inner loop moves this parameter of the network."""
         return name.startswith(self.adapted) and self.net.adapts(name)

@@ -78,6 +78,11 @@ class Reptile(MetaLearner):
         state = {**second, "taken": taken.expand(episodes.tasks)} if self.inner_state == "carry" else {}
         return TaskOutput(surrogate(loss, start, displacement), None, trajectory[-1], {}, seen, state)
 
+    @property
+    def exact(self) -> bool:
+        """A displacement is not the slope of an objective."""
+        return False
+
     def updates(self, batch: MetaBatch) -> list[MetaBatch]:
         """One update for all tasks, or one for each in turn (`serial`)."""
         if not self.serial:
