@@ -8,7 +8,7 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import MAML, MatchingNet, ProtoNet, Reptile
+from metalearn.algorithms import MAML, MatchingNet, MetaSGD, ProtoNet, Reptile
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -48,6 +48,7 @@ ALGORITHMS = [
     Row("maml", MAML, STEPS, joint=True, exact=True),
     Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
     Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
+    Row("meta_sgd", MetaSGD, STEPS, exact=True),
     Row(
         "reptile",
         Reptile,

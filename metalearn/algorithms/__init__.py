@@ -2,7 +2,8 @@
 
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.matchingnet import MatchingNet
+from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
 
-__all__ = ["MAML", "MatchingNet", "ProtoNet", "Reptile"]
+__all__ = ["MAML", "MatchingNet", "MetaSGD", "ProtoNet", "Reptile"]

@@ -31,7 +31,11 @@ class MAML(MetaLearner):
 
     def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
         """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
-        return self.descend(self.network(theta), support, steps, self.alpha)
+        return self.descend(self.network(theta), support, steps, self.inner_rate(theta, key))
+
+    def inner_rate(self, theta: Theta, key: TaskKey | None) -> float | Tensor | Params:
+        """What inner gradients are multiplied by; a number, a tensor for every leaf, or one for each moving leaf."""
+        return self.alpha
 
     @property
     def exact(self) -> bool:

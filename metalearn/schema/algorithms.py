@@ -100,6 +100,19 @@ class MAML(InnerLoop):
 
 
 @dataclass
+class MetaSGD(MAML):
+    """metalearn.algorithms.MetaSGD."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MetaSGD"
+
+    alpha: float = key(0.1, "initial inner learning rate of every parameter (rate_init=constant)", ge=0)
+    test_steps: int = key(1, "inner steps in validation and test; rates are learned for as many as in training", ge=0)
+    rate_init: str = key(
+        "constant", "initial rates: alpha, or draws from U(0.005, 0.1)", choices=("constant", "uniform")
+    )
+
+
+@dataclass
 class Reptile(InnerLoop):
     """metalearn.algorithms.Reptile."""
 
@@ -153,4 +166,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, Reptile, ProtoNet, MatchingNet)
+ALGORITHMS = (MAML, MetaSGD, Reptile, ProtoNet, MatchingNet)
