@@ -32,8 +32,10 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         tiny_omniglot.pretend(patch)
+        omniglot = [f"dataset.root={tiny_omniglot.archives(folder / 'omniglot')}", "dataset.checksum=off"]
         yield {
-            "omniglot": [f"dataset.root={tiny_omniglot.archives(folder / 'omniglot')}", "dataset.checksum=off"],
+            "omniglot": omniglot,
+            "group_omniglot": omniglot,
             "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
         }
 

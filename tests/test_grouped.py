@@ -3,22 +3,32 @@
 import numpy as np
 import pandas as pd
 import pytest
+import tiny_omniglot
 import torch
 from numpy.polynomial import Polynomial
 from runs import cell_of, folder, result
+from scipy import ndimage
 from scipy.stats import chisquare, kstest
+from test_omniglot import LISTS
 
 from metalearn import training
+from metalearn.cells import expand
 from metalearn.data import Episodes
+from metalearn.datasets import appearances, glyph_inventory, omniglot_files
+from metalearn.datasets.glyphs import Glyphs
+from metalearn.datasets.group_pictures import GroupGlyphs, GroupOmniglot
 from metalearn.datasets.group_regression import GroupRegression
 from metalearn.datasets.grouped import draw_groups
+from metalearn.datasets.omniglot import Omniglot
 from metalearn.episode import MetaBatch
 from metalearn.ledger import CellDir
 from metalearn.random import Key
 from metalearn.record import table
 from metalearn.run import run
 from metalearn.samplers import Uniform
+from metalearn.schema import BadInput
 
+pytestmark = pytest.mark.usefixtures("compose_once")
 FAMILIES = ("sine", "line", "quadratic", "cubic")
 
 
@@ -158,6 +168,164 @@ def test_a_family_is_a_choice_of_curves_alone():
     dataset = GroupRegression(test_shot=4, test_queries=6)
     assert [p.x.shape[1] for p in frozen(dataset)[0].episodes[:2]] == [4, 6]
     assert dataset.groups == ("sine", "line", "quadratic") and dataset.outputs("train") == 1
+
+
+# ---- appearances of characters -----------------------------------------------------------------------------------
+
+INK = np.random.default_rng(0).integers(0, 256, (5, 28, 28)).astype(np.uint8)
+BLANK = np.zeros((1, 28, 28), np.uint8)
+
+
+def test_blurred_is_scipys_filter_inverted():
+    """Two passes of the 5-point binomial filter with zeros outside, rounded to the nearest level."""
+    weights = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1]) / 256
+    expected = [255 - ndimage.convolve(p.astype(float), weights, mode="constant") for p in INK]
+    np.testing.assert_allclose(appearances.blurred(INK), expected, rtol=0, atol=0.5)
+
+
+def test_dilated_is_scipys():
+    expected = [ndimage.grey_dilation(p, (3, 3), mode="constant") for p in INK]
+    np.testing.assert_array_equal(appearances.dilated(INK), expected)
+
+
+@pytest.mark.parametrize(("degrees", "zoom"), [(45, 0.9), (45, 1.0), (20, 1.3), (-70, 0.6)])
+def test_turned_is_scipys_affine_map(degrees, zoom):
+    """Within the rounding of coordinates to 1/256 pixel (of differences up to 255) and of the result."""
+    (c, s), middle = (f(np.radians(degrees)) / zoom for f in (np.cos, np.sin)), 13.5
+    matrix = np.array([[c, -s], [s, c]])  # (row, column) of the result to those of the original
+    offset = middle - matrix @ [middle, middle]
+    padded = np.pad(INK, ((0, 0), (1, 1), (1, 1))).astype(float)  # so that it fades to 0 within a pixel, as ours does
+    expected = [ndimage.affine_transform(p, matrix, offset + 1, (28, 28), order=1, mode="constant") for p in padded]
+    np.testing.assert_allclose(appearances.turned(INK, degrees, zoom), expected, rtol=0, atol=2.6)
+
+
+def test_turned_by_quarters_is_exact_and_clockwise():
+    for quarters in range(4):
+        np.testing.assert_array_equal(appearances.turned(INK, 90 * quarters, 1), np.rot90(INK, -quarters, (1, 2)))
+
+
+def test_an_outline_is_a_ring_around_the_ink():
+    """A square of side 10 becomes the ring between it and the square of side 14, at 0.81 of its area."""
+    square = BLANK.copy()
+    square[:, 9:19, 9:19] = 255
+    found = appearances.outlined(square)
+    assert (found[:, 11:17, 11:17] == 0).all()
+    assert found.sum() / 255 == pytest.approx(0.81 * (14**2 - 10**2), rel=0.06)  # of sampling
+    assert (appearances.outlined(BLANK) == 0).all() and (appearances.blurred(BLANK) == 255).all()
+
+
+def test_pictures_are_rendered_alone(monkeypatch):
+    """Chunks do not matter, channels are apart, the source stays as it is."""
+    pictures = np.stack([INK, INK[::-1]], 1)
+    before = pictures.copy()
+    whole = {name: appearances.render(name, pictures) for name in appearances.APPEARANCES}
+    monkeypatch.setattr(appearances, "CHUNK", 3)
+    for name, found in whole.items():
+        np.testing.assert_array_equal(found, appearances.render(name, pictures))
+        np.testing.assert_array_equal(found[:, 0], appearances.APPEARANCES[name](INK))
+    np.testing.assert_array_equal(pictures, before)
+    np.testing.assert_array_equal(whole["plain"], before)
+
+
+@pytest.fixture(scope="module")
+def glyphs() -> Glyphs:
+    """The plain set, for tests that only read it."""
+    return Glyphs(way=5, shot=5, queries=3)
+
+
+@pytest.fixture(scope="module")
+def group_glyphs(glyphs) -> GroupGlyphs:
+    """The same in three appearances."""
+    return GroupGlyphs(way=5, shot=5, queries=3)
+
+
+def episodes_of(dataset, split: str, count: int):
+    index = torch.arange(count)
+    return dataset.fetch(split, dataset.draw(split, Key(0, "evaluation"), index, torch.zeros_like(index)))
+
+
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_a_task_is_the_plain_sets_task_in_one_appearance(glyphs, group_glyphs, split, monkeypatch):
+    """The same classes and pictures as the plain set, every one of them rendered in the task's group."""
+    if split == "train":  # a part of a script is enough
+        few = {"train": glyph_inventory.classes()["train"][:40]}
+        monkeypatch.setattr(glyph_inventory, "classes", lambda: few)
+    plain, found = (episodes_of(d, split, 30) for d in (glyphs, group_glyphs))
+    assert torch.equal(plain.latent["class_ids"], found.latent["class_ids"])
+    group = found.latent["group"]
+    assert split == "train" or group.tolist() == [i % 3 for i in range(30)]
+    for a, b in ((plain.support, found.support), (plain.query, found.query)):
+        assert torch.equal(a.y, b.y)
+        for i in range(30):
+            picture = (a.x[i, :, 0] * 255).round().to(torch.uint8).numpy()
+            expected = appearances.APPEARANCES[group_glyphs.groups[group[i]]](picture)
+            assert torch.equal(b.x[i, :, 0], torch.from_numpy(expected).float() / 255)
+
+
+def test_one_plain_group_is_the_plain_set(glyphs):
+    alone = GroupGlyphs(way=5, shot=5, queries=3, groups=["plain"])
+    a, b = (flat(frozen(d, "val")) for d in (glyphs, alone))
+    assert all(int(e.pop("group")) == 0 for e in b) and same(a, b)
+
+
+def test_groups_are_told_apart_by_brightness_alone(group_glyphs):
+    """The nearest of the groups' mean intensities names the group of 97 % of the support sets of unseen scripts."""
+    episode = episodes_of(group_glyphs, "val", 300)
+    level, group = episode.support.x.flatten(1).mean(1), episode.latent["group"]
+    means = torch.stack([level[group == g].mean() for g in range(3)])
+    assert ((level[:, None] - means).abs().argmin(1) == group).float().mean() > 0.95
+
+
+def test_every_group_has_all_classes_of_its_split(group_glyphs):
+    """And none of another split."""
+    episode = episodes_of(group_glyphs, "val", 900)
+    names = group_glyphs.split("val").names
+    for g in range(3):
+        assert len(episode.latent["class_ids"][episode.latent["group"] == g].unique()) == len(names)
+    assert {n.split()[1] for n in names} == {"GEORGIAN", "OLD", "COPTIC"}
+
+
+def test_hashes_of_appearances(glyphs, group_glyphs, monkeypatch):
+    """Another name than the plain set's, changed by the recipe and by the plain set, not by the groups chosen."""
+    reference = group_glyphs.data_hash()
+    assert len(reference) == 16 and reference != glyphs.data_hash()
+    assert GroupGlyphs(way=2, shot=1, queries=1, groups=["plain"]).data_hash() == reference
+    hashes = {reference, GroupGlyphs(way=5, shot=1, queries=1, seed=1).data_hash()}
+    monkeypatch.setattr(appearances, "RECIPE", "appearances-0")
+    assert len(hashes | {group_glyphs.data_hash()}) == 3
+
+
+def test_group_omniglot(tmp_path, monkeypatch):
+    """Omniglot's characters and splits; dark ink is refused."""
+    tiny_omniglot.pretend(monkeypatch)
+    monkeypatch.setenv("METALEARN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(omniglot_files, "split_list", LISTS.get)
+    sizes = {"way": 2, "shot": 1, "queries": 2, "root": tiny_omniglot.archives(tmp_path / "data"), "checksum": "off"}
+    plain, found = Omniglot(**sizes), GroupOmniglot(**sizes, groups=["outlined", "blurred"])
+    a, b = plain.split("train"), found.split("train")
+    assert a.names == b.names and len(b.images) == 2 * len(a.images) == 2 * 20 * len(a.names)
+    for i, name in enumerate(("outlined", "blurred")):
+        expected = appearances.APPEARANCES[name](a.images[:, 0].numpy())
+        np.testing.assert_array_equal(b.images[i * len(a.images) : (i + 1) * len(a.images), 0].numpy(), expected)
+    with pytest.raises(ValueError, match=r"dataset.invert = false: must be true"):
+        GroupOmniglot(**sizes, invert=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("dataset=group_glyphs dataset.groups=[]", r"dataset.groups=\[\]: must name at least one appearance, and none"),
+        ("dataset=group_glyphs dataset.groups=[plain,plain]", r"dataset.groups=\[plain,plain\]: .* none twice"),
+        ("dataset=group_glyphs dataset.groups=[plain,blured]", "must be one of plain, .*; did you mean 'blurred'"),
+        ("dataset=group_omniglot dataset.root=x dataset.invert=false", "dataset.invert=false: must be true"),
+        ("dataset=group_regression dataset.families=[]", "must name at least one family"),
+        ("dataset=group_regression dataset.families=[line,lines]", "one of sine, .*; did you mean 'line'"),
+        ("dataset=group_regression dataset.noise_std=-1", "dataset.noise_std=-1: must be >= 0"),
+    ],
+)
+def test_bad_groups_are_refused(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        expand(arguments.split(), to_run=False)
 
 
 # ---- what results say of groups ----------------------------------------------------------------------------------

@@ -324,6 +324,11 @@ def _digest(value: object) -> str:
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
+def combined_hash(*parts: str) -> str:
+    """Sixteen hex digits that name several contents, in their order."""
+    return _digest(parts)
+
+
 def content_hash(
     sources: Sequence[Path],
     pattern: re.Pattern[str],

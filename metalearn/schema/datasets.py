@@ -172,6 +172,45 @@ class Omniglot(ImageDataset):
 
 
 @dataclass
+class Appearances(ImageDataset):
+    """metalearn.datasets.group_pictures.Appearances, put before another picture set."""
+
+    groups: list[str] = key(
+        ["plain", "blurred", "outlined"],
+        "appearances of a task's pictures, each a group",
+        choices=("plain", "blurred", "outlined"),
+    )
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from super().problems(dataset)
+        yield from _not_a_set("dataset.groups", dataset["groups"], "appearance")
+        if not dataset.get("invert", True):
+            yield "dataset.invert=false: must be true, because appearances are made of bright ink"
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.appearances import RECIPE
+        from metalearn.datasets.archives import combined_hash
+
+        return combined_hash(RECIPE, super().data_hash(dataset))
+
+
+@dataclass
+class GroupGlyphs(Appearances, Glyphs):
+    """metalearn.datasets.group_pictures.GroupGlyphs."""
+
+    target: ClassVar[str] = "metalearn.datasets.group_pictures.GroupGlyphs"
+
+
+@dataclass
+class GroupOmniglot(Appearances, Omniglot):
+    """metalearn.datasets.group_pictures.GroupOmniglot."""
+
+    target: ClassVar[str] = "metalearn.datasets.group_pictures.GroupOmniglot"
+
+
+@dataclass
 class Sinusoid(Dataset):
     """metalearn.datasets.sinusoid.Sinusoid."""
 
@@ -251,4 +290,4 @@ def _not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
         yield f"{path}={show(names)}: must name at least one {what}, and none twice"
 
 
-DATASETS = (Glyphs, Omniglot, Sinusoid, Harmonic, GroupRegression)
+DATASETS = (Glyphs, GroupGlyphs, Omniglot, GroupOmniglot, Sinusoid, Harmonic, GroupRegression)
