@@ -1,13 +1,18 @@
-"""Copy a finished cell's small result files to docs/runs/, where documents quote them.
+"""Copy finished cells' small result files to docs/runs/, where documents quote them.
 
 usage: python scripts/curate.py <cell folder> docs/runs/<experiment>/<name>
+       python scripts/curate.py <output_dir> docs/runs/<experiment> [--by key,key] key=value [key=value ...]
 
+The second form takes every finished cell under output_dir whose configuration has these values (as text), and names it
+by the algorithm, the values of --by, and the seed: maml/seed0, tsa_maml-m3/seed0. Two cells of one name are refused.
 The data set's path is replaced by `<dataset.root>`: a result names data by its content hash.
 """
 
+import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,9 +29,54 @@ def curate(cell: Path, target: Path) -> None:
     last = episodes[episodes["step"] == result["protocol"]["test_steps"]]
     small = last.astype({"episode": "int32", "step": "int16", "value": "float32", "loss": "float32"})
     small.to_parquet(target / "episodes.parquet", index=False, compression="zstd")
+    if (cell / "analysis.json").exists():
+        (target / "analysis.json").write_bytes((cell / "analysis.json").read_bytes())
+
+
+def value_at(config: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def as_text(value: Any) -> str:
+    """As on the command line."""
+    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
+
+
+def collect(output: Path, target: Path, by: list[str], wanted: dict[str, str]) -> None:
+    """Curate all cells with the wanted values."""
+    taken: dict[str, Path] = {}
+    for path in sorted((output / "runs").glob("*/result.json")):
+        config = json.loads(path.read_text())["config"]
+        if any(as_text(value_at(config, k)) != v for k, v in wanted.items()):
+            continue
+        marks = [f"{k.rsplit('.', 1)[1]}{as_text(v)}" for k in by if (v := value_at(config, k)) is not None]
+        name = "-".join([config["algorithm"]["name"], *marks]) + f"/seed{config['seed']}"
+        if name in taken:
+            sys.exit(f"{name}: both {taken[name]} and {path.parent} have these values; add key=value or --by")
+        taken[name] = path.parent
+    for name, cell in taken.items():
+        curate(cell, target / name)
+    print(f"{len(taken)} cells in {target}")
+
+
+def main() -> None:
+    """See the module's docstring."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", type=Path)
+    p.add_argument("target", type=Path)
+    p.add_argument("--by", default="", help="keys that name a cell, besides algorithm and seed")
+    p.add_argument("wanted", nargs="*", metavar="key=value")
+    options = p.parse_intermixed_args()
+    if (options.source / "result.json").exists():
+        curate(options.source, options.target)
+    else:
+        wanted = dict(w.split("=", 1) for w in options.wanted)
+        collect(options.source, options.target, [k for k in options.by.split(",") if k], wanted)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit(__doc__)
-    curate(Path(sys.argv[1]), Path(sys.argv[2]))
+    main()
