@@ -37,6 +37,8 @@ def places(tmp_path_factory):
             "omniglot": omniglot,
             "group_omniglot": omniglot,
             "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
+            "arrays": [f"dataset.root={own_data.classes(folder / 'x.npz', classes=30, count=20, shape=(3, 16, 12))}"],
+            "arrays_regression": [f"dataset.root={own_data.lines(folder / 'y.npz', tasks=20, count=10)}"],
         }
 
 
@@ -55,6 +57,8 @@ def legal(group: str, name: str) -> list[str]:
         return [f"dataset={dataset}", f"algorithm={name.removeprefix(f'{dataset}_')}"]
     if group == "backbone" and name.startswith("mlp"):
         return [f"backbone={name}", "dataset=sinusoid"]
+    if name == "arrays_regression":
+        return [f"dataset={name}", "backbone=mlp"]
     if (group, name) == ("backbone", "module"):
         return [f"backbone={name}", "backbone.factory=test_module:flat"]
     return [f"{group}={name}"]

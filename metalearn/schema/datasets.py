@@ -32,6 +32,11 @@ class Dataset:
         return None
 
     @classmethod
+    def side_known(cls, dataset: Config) -> bool:
+        """Whether `side` can be told now; data sets that look into their files may not be able to."""
+        return True
+
+    @classmethod
     def data_hash(cls, dataset: Config) -> str:
         """Names the contents, wherever they lie."""
         raise TypeError(f"{cls.__name__} declares no data_hash")

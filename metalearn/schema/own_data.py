@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from metalearn.schema.datasets import Config, ImageDataset, size_keys
+from metalearn.schema.datasets import Config, Dataset, ImageDataset, size_keys
 from metalearn.schema.keys import BadInput, key, show
 
 
@@ -114,4 +114,82 @@ class Folder(ImageDataset):
         return find(cls._request(dataset)).versions()
 
 
-DATASETS = (Folder,)
+class ArrayFile(Dataset):
+    """What both kinds of tasks from an npz file share."""
+
+    group: ClassVar[str]
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from super().problems(dataset)
+        yield from fractions_problems(dataset)
+
+    @classmethod
+    def _request(cls, dataset: Config) -> Any:
+        from metalearn.datasets.array_files import Request
+
+        return Request(dataset["root"], cls.kind, tuple(dataset["fractions"]), dataset["seed"])  # type: ignore[arg-type]
+
+    @classmethod
+    def side_known(cls, dataset: Config) -> bool:
+        from metalearn.datasets.array_files import headers
+
+        try:
+            headers(cls._request(dataset))
+        except BadInput:  # which `data_hash` will raise, if this is to be run
+            return False
+        return True
+
+    @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        from metalearn.datasets.array_files import side
+
+        return side(cls._request(dataset), dataset["channels_last"])
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.array_files import prepare
+
+        found = prepare(cls._request(dataset))
+        refuse_small(dataset, found.sizes(), cls.group, "examples")
+        return found.data_hash
+
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        from metalearn.datasets.array_files import find
+
+        return find(cls._request(dataset)).versions()
+
+
+@dataclass
+class Arrays(ArrayFile, ImageDataset):
+    """metalearn.datasets.arrays.Arrays."""
+
+    target: ClassVar[str] = "metalearn.datasets.arrays.Arrays"
+    group: ClassVar[str] = "class"
+
+    root: str = key(..., "npz file with the arrays x [n, ...] and y [n], and split [n] if it divides the classes")
+    channels_last: bool = key(False, "pictures in x are [n, H, W, C] instead of [n, C, H, W]")
+    fractions: list[float] = fractions_key("classes")
+
+
+@dataclass
+class ArraysRegression(ArrayFile):
+    """metalearn.datasets.arrays.ArraysRegression."""
+
+    target: ClassVar[str] = "metalearn.datasets.arrays.ArraysRegression"
+    kind: ClassVar[str] = "regression"
+    group: ClassVar[str] = "task"
+
+    root: str = key(
+        ..., "npz file with the arrays x [n, ...], y [n] and task [n], and split [n] if it divides the tasks"
+    )
+    channels_last: bool = key(False, "pictures in x are [n, H, W, C] instead of [n, C, H, W]")
+    fractions: list[float] = fractions_key("tasks")
+    shot: int = key(5, "support points in training", ge=1)
+    queries: int = key(5, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(None, "query points in validation and test; null means as in training", ge=1)
+
+
+DATASETS = (Folder, Arrays, ArraysRegression)

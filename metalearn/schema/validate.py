@@ -49,7 +49,8 @@ def _combinations(run: Config) -> Iterator[str]:
     name, source = run["algorithm"]["name"], run["dataset"]["name"]
     if dataset.kind not in algorithm.kinds:
         yield f"algorithm={name}: only for {' and '.join(algorithm.kinds)}, and dataset={source} is {dataset.kind}"
-    yield from backbone.problems(run["backbone"], dataset.side(run["dataset"]))
+    if dataset.side_known(run["dataset"]):
+        yield from backbone.problems(run["backbone"], dataset.side(run["dataset"]))
     yield from dataset.problems(run["dataset"])
     yield from algorithm.problems(run["algorithm"], run)
     test_way = run["dataset"].get("test_way")
