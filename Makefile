@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.stamp
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input install -q -c constraints.txt
 SLOW := slow and not data
-ifdef METALEARN_DATA_OMNIGLOT
+ifneq ($(METALEARN_DATA_OMNIGLOT)$(METALEARN_DATA_CIFAR100),)
 SLOW := (slow or data)
 endif
 
@@ -50,7 +50,7 @@ smoke: $(STAMP) ## Train a tiny MAML and print its table (about ten seconds)
 test: $(STAMP) ## The unmarked tests: no data, no network, no SLURM, under three minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
 
-test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIGLOT is set
+test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIGLOT or _CIFAR100 is set
 	@$(BIN)/python -m pytest -q -m "$(SLOW) and not slurm and not gpu" $(PYTEST_ARGS)
 
 test-slurm: $(STAMP) ## The tests that need a SLURM cluster

@@ -82,8 +82,9 @@ def protocol(cell: Cell, learner: MetaLearner, recorder: Recorder, headline: str
 def episodes_id(cell: Cell) -> str:
     """Names the frozen test episodes: equal ids mean equal episodes, index by index (12 hex digits)."""
     section = cell.config["dataset"]
-    skip = ("way", "shot", "queries", "test_way", "test_shot", "test_queries", "label_assignment", "root")
-    fields = fields_of(member_of("dataset", section))
+    schema = member_of("dataset", section)
+    skip = ("way", "shot", "queries", "test_way", "test_shot", "test_queries", "root", *schema.training_only)
+    fields = fields_of(schema)
     kept = {k: section[k] for k, f in fields.items() if k not in skip and f.key.touches != "none"}
     sizes = {k: section.get(f"test_{k}") or section.get(k) for k in ("way", "shot", "queries")}
     what = [section["_target_"], cell.data_hash, kept, sizes, cell.config["evaluation"]["seed"], "test"]

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import os
+import pickle
 import re
 import stat
 import subprocess
@@ -13,10 +14,20 @@ from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from metalearn.datasets import archives
-from metalearn.datasets.archives import DownloadError, cache_dir, cached_file, content_hash, download, open_members
+from metalearn.datasets.archives import (
+    DownloadError,
+    cache_dir,
+    cached_file,
+    content_hash,
+    download,
+    open_members,
+    read_pickle,
+    remembered,
+)
 
 BODY = bytes(i * i % 251 for i in range(600_000))
 SHA256, MD5 = hashlib.sha256(BODY).hexdigest(), hashlib.md5(BODY).hexdigest()
@@ -288,6 +299,24 @@ def test_members_outside_of_the_archive_are_refused(tmp_path, name):
         source.read(name)
 
 
+def test_a_damaged_tar_archive_is_refused(tmp_path):
+    """Cut anywhere after its first header, or with another checksum at the gzip's end."""
+    whole = make_tar(tmp_path / "whole.tgz", CONTENTS | {"big.bin": os.urandom(20_000)}).read_bytes()
+    for damaged in (whole[:10_000], whole[:-9], whole[:-8] + bytes(4) + whole[-4:]):
+        (tmp_path / "damaged.tgz").write_bytes(damaged)
+        with open_members(tmp_path / "damaged.tgz") as source, pytest.raises(ValueError, match="not a complete tar"):
+            source.members()
+
+
+def test_only_some_entries_of_a_tree(tmp_path):
+    tree = make_tree(tmp_path / "tree", {"a/x.txt": b"1", "b/x.txt": b"2", "x.txt": b"3", "ax": b"4"})
+    with open_members(tree, r"a|x\.txt") as source:
+        assert [m.name for m in source.members()] == ["a/x.txt", "x.txt"]
+        stamp = source.stamp()
+        (tree / "b" / "y.txt").write_bytes(b"5")
+        assert source.stamp() == stamp
+
+
 def test_links_in_an_archive_are_refused(tmp_path):
     link = zipfile.ZipInfo("link.txt")
     link.external_attr = (stat.S_IFLNK | 0o777) << 16
@@ -383,11 +412,11 @@ def test_hash_changes_with_the_contents(tmp_path, change):
     assert content_hash([make_zip(tmp_path / "a.zip", CONTENTS | change)], TEXT) == content_hash([tree], TEXT)
 
 
-@pytest.mark.parametrize("make", [make_zip, make_tree])
+@pytest.mark.parametrize("make", [make_zip, make_tar, make_tree])
 def test_second_hash_reads_no_contents(tmp_path, make, monkeypatch):
     source = make(tmp_path / "source")
     value = content_hash([source], TEXT)
-    for kind in (archives.ZipMembers, archives.TreeMembers):
+    for kind in (archives.ZipMembers, archives.TarMembers, archives.TreeMembers):
         monkeypatch.setattr(kind, "read", None)
         monkeypatch.setattr(kind, "crc32", None)
     assert content_hash([source], TEXT) == value
@@ -416,6 +445,85 @@ def test_the_same_path_twice_is_refused(tmp_path):
     source = make_zip(tmp_path / "source.zip", {"x/a.txt": b"1", "y/a.txt": b"2"})
     with pytest.raises(ValueError, match=r"a\.txt twice: x/a\.txt and y/a\.txt"):
         content_hash([source], TEXT)
+
+
+def test_remembered_is_computed_once_for_what_it_depends_on():
+    calls = []
+
+    def compute():
+        calls.append(1)
+        return f"{len(calls):032x}"
+
+    assert remembered(["a", 1], compute) == remembered(["a", 1], compute) == f"{1:032x}"
+    assert remembered(["a", 2], compute) == f"{2:032x}"
+    assert len(calls) == 2
+
+
+ARRAYS = {"data": np.arange(6, dtype=np.uint8).reshape(2, 3), "labels": [1, np.int64(2)], "names": {"é": {3}, 4: 1.5}}
+
+
+@pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+def test_pickled_arrays(protocol):
+    found = read_pickle(pickle.dumps(ARRAYS, protocol=protocol), "x.pickle")
+    assert found.keys() == ARRAYS.keys() and found["labels"] == [1, 2] and found["names"] == ARRAYS["names"]
+    np.testing.assert_array_equal(found["data"], ARRAYS["data"])
+    assert found["data"].dtype == np.uint8
+
+
+def test_pickled_names_in_bytes_are_texts():
+    assert read_pickle(pickle.dumps({b"data": b"x"}), "x") == {"data": b"x"}
+
+
+class Calls:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        ((os.mkdir, ("evil",)), r"(posix|nt)\.mkdir"),
+        ((eval, ("1",)), r"(builtins|__builtin__)\.eval"),
+        ((getattr, ("", "join")), r"(builtins|__builtin__)\.getattr"),
+        ((np.load, ("x.npy",)), r"numpy.*\.load"),
+        ((np.frompyfunc, (len, 1, 1)), r"numpy.*\.frompyfunc"),
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused_by_name(call, said, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=f"^x.pickle refers to {said}; refusing to read it, because pickles can run"):
+        read_pickle(pickle.dumps({"data": [Calls(*call)]}, protocol=protocol), "x.pickle")
+    assert not list(tmp_path.glob("evil"))
+
+
+def test_a_dotted_name_does_not_lead_out_of_an_allowed_module():
+    data = b"\x80\x04\x8c\x05numpy\x8c\x0dndarray.dumps\x93."
+    with pytest.raises(ValueError, match=r"refers to numpy\.ndarray\.dumps"):
+        read_pickle(data, "x.pickle")
+
+
+def test_bytes_in_another_encoding_are_refused():
+    data = b"\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x05\x00\x00\x00rot13\x86R."
+    with pytest.raises(ValueError, match="bytes in the encoding 'rot13'"):
+        read_pickle(data, "x.pickle")
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (pickle.dumps(ARRAYS)[:-20], "x.pickle is not a complete pickle"),
+        (b"", "x.pickle is not a complete pickle"),
+        (b"<html>", "x.pickle is not a complete pickle"),
+        (pickle.dumps([1]), "x.pickle holds a list; expected a dictionary"),
+    ],
+)
+def test_a_damaged_or_other_pickle_is_refused(data, said):
+    with pytest.raises(ValueError, match=said):
+        read_pickle(data, "x.pickle")
 
 
 def test_cache_dir(monkeypatch, tmp_path):
@@ -462,6 +570,6 @@ def test_a_build_that_fails_leaves_nothing(tmp_path):
 
 
 def test_no_torch_is_imported():
-    names = "archives, omniglot_files"
+    names = "archives, omniglot_files, cifar_files"
     code = f"import sys; from metalearn.datasets import {names}; assert not {{'torch', 'numpy'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import own_data
 import pytest
+import tiny_cifar
 import tiny_omniglot
 import yaml
 
@@ -32,10 +33,14 @@ def places(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
         tiny_omniglot.pretend(patch)
+        tiny_cifar.pretend(patch)
+        cifar = [f"dataset.root={tiny_cifar.pack(folder / 'cifar', 'FC100.zip')}", "dataset.checksum=off"]
         omniglot = [f"dataset.root={tiny_omniglot.archives(folder / 'omniglot')}", "dataset.checksum=off"]
         yield {
             "omniglot": omniglot,
             "group_omniglot": omniglot,
+            "cifar_fs": cifar,
+            "fc100": cifar,
             "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
             "arrays": [f"dataset.root={own_data.classes(folder / 'x.npz', classes=30, count=20, shape=(3, 16, 12))}"],
             "arrays_regression": [f"dataset.root={own_data.lines(folder / 'y.npz', tasks=20, count=10)}"],
@@ -80,7 +85,7 @@ def test_every_yaml_composes_and_instantiates(group, name, places):
 
 @pytest.mark.parametrize("name", members("dataset_algorithm"))
 def test_keys_that_a_departures_comment_offers_can_be_set(name, places):
-    """The authors' values and those for 20-way, all at once."""
+    """The authors' values, and those for other ways and shots, all at once."""
     file = Path(conf_dir(), "dataset_algorithm", f"{name}.yaml")
     comment = [x for x in file.read_text().splitlines() if x[0] == "#"]
     keys = re.findall(r"\w+\.\w+=[\w.]*\w", " ".join(comment))

@@ -5,27 +5,41 @@ Nothing here imports torch, so that launch code can name the data of a run at on
 
 import hashlib
 import http.client
+import io
 import json
 import lzma
 import os
+import pickle
 import re
 import stat
 import tarfile
 import urllib.error
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from importlib import import_module, resources
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from filelock import FileLock
 
 from metalearn.paths import cache_dir
 
 _BLOCK = 1 << 18
+
+Checksum = Literal["warn", "error", "off"]
+"""What it means if files are not byte for byte the published ones."""
+
+
+def class_lists(name: str) -> dict[str, Any]:
+    """A list of classes that ships with the package, `splits/<name>.json` (source and commit in the file)."""
+    file = resources.files("metalearn.datasets") / "splits" / f"{name}.json"
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def checksum(path: Path, algorithm: str) -> str:
@@ -81,6 +95,12 @@ def cached_file(name: str, beside: Path, build: Callable[[BinaryIO], None]) -> P
             with atomic(target) as file:
                 build(file)
     return target
+
+
+def file_stamp(path: Path) -> str:
+    """Changes when a file changes: its place, size and time of modification."""
+    info = path.stat()
+    return f"{path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
 
 
 class Member(NamedTuple):
@@ -161,8 +181,7 @@ class ZipMembers(Members):
 
     def stamp(self) -> str:
         """Place, size and time of the archive."""
-        info = self.path.stat()
-        return f"{self.path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
+        return file_stamp(self.path)
 
     def close(self) -> None:
         """Close the archive."""
@@ -172,15 +191,17 @@ class ZipMembers(Members):
 
 
 class TreeMembers(Members):
-    """The files below a folder."""
+    """The files below a folder; of its own entries only those whose names match `only`."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, only: str = ".*"):
         super().__init__(path)
-        self._real = os.path.realpath(path)
+        self._real, self._only = os.path.realpath(path), re.compile(only)
 
     def _walk(self, folder: str, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: e.name):
+                if not prefix and not self._only.fullmatch(entry.name):
+                    continue
                 if entry.is_symlink():
                     raise ValueError(f"{self.path} has the link {prefix + entry.name!r}; refusing to read it")
                 if entry.is_dir():
@@ -232,6 +253,8 @@ class TarMembers(Members):
                 self._tar = tarfile.open(self.path)
                 for info in self._tar:
                     self._note(info)
+                while self._tar.fileobj is not None and self._tar.fileobj.read(_BLOCK):  # to a gzip's checksum
+                    pass
             except (tarfile.TarError, EOFError, zlib.error, lzma.LZMAError, OSError) as error:
                 self.close()
                 raise self._broken(error) from None
@@ -275,8 +298,7 @@ class TarMembers(Members):
 
     def stamp(self) -> str:
         """Place, size and time of the archive."""
-        info = self.path.stat()
-        return f"{self.path.resolve()}:{info.st_size}:{info.st_mtime_ns}"
+        return file_stamp(self.path)
 
     def close(self) -> None:
         """Close the archive."""
@@ -285,22 +307,34 @@ class TarMembers(Members):
         self._tar, self._files = None, {}
 
 
-def open_members(path: Path) -> Members:
+def open_members(path: Path, only: str = ".*") -> Members:
     """The files of a zip or tar archive, or of a folder.
+
+    Args:
+        path: of the archive or folder.
+        only: which entries of a folder count, as a regular expression for their whole names.
 
     Raises:
         FileNotFoundError: if there is nothing at `path`.
         ValueError: if `path` is none of these.
     """
     if path.is_dir():
-        return TreeMembers(path)
+        return TreeMembers(path, only)
     if not path.exists():
         raise FileNotFoundError(f"no archive or folder at {path}")
     if zipfile.is_zipfile(path):
         return ZipMembers(path)
-    if not tarfile.is_tarfile(path):
-        raise ValueError(f"{path} ({path.stat().st_size} bytes) is neither a folder nor a complete zip or tar archive")
-    return TarMembers(path)
+    if is_tar(path):
+        return TarMembers(path)
+    raise ValueError(f"{path} ({path.stat().st_size} bytes) is neither a folder nor a complete zip or tar archive")
+
+
+def is_tar(path: Path) -> bool:
+    """Whether a file begins as a tar archive, compressed or not."""
+    try:
+        return path.is_file() and tarfile.is_tarfile(path)
+    except (EOFError, OSError, zlib.error, lzma.LZMAError):
+        return False
 
 
 def select(source: Members, pattern: re.Pattern[str]) -> dict[str, Member]:
@@ -320,13 +354,14 @@ def select(source: Members, pattern: re.Pattern[str]) -> dict[str, Member]:
     return found
 
 
-def _digest(value: object) -> str:
+def digest(value: object) -> str:
+    """Sixteen hex digits that name plain data."""
     return hashlib.blake2b(json.dumps(value).encode(), digest_size=8).hexdigest()
 
 
 def combined_hash(*parts: str) -> str:
     """Sixteen hex digits that name several contents, in their order."""
-    return _digest(parts)
+    return digest(parts)
 
 
 def content_hash(
@@ -349,17 +384,27 @@ def content_hash(
     """
     with ExitStack() as stack:
         opened = [stack.enter_context(open_members(path)) for path in sources]
-        kept = cache_dir() / "content_hash" / _digest([pattern.pattern, *(m.stamp() for m in opened)])
-        if (value := _read_kept(kept)) is not None:
-            return value
-        found = [(source, select(source, pattern)) for source in opened]
-        if verify is not None:
-            verify({source.path: list(files) for source, files in found})
-        rows = [
-            (path, member.size, source.crc32(member.name)) for source, files in found for path, member in files.items()
-        ]
-    value = _digest(sorted(rows))
-    _keep(kept, value)
+
+        def compute() -> str:
+            found = [(source, select(source, pattern)) for source in opened]
+            if verify is not None:
+                verify({source.path: list(files) for source, files in found})
+            return digest(sorted((path, m.size, s.crc32(m.name)) for s, files in found for path, m in files.items()))
+
+        return remembered([pattern.pattern, *(m.stamp() for m in opened)], compute)
+
+
+def remembered(what: object, compute: Callable[[], str]) -> str:
+    """Hex digits that take long to compute, kept in `cache_dir()` under everything that they depend on.
+
+    Args:
+        what: plain data that changes when the digits do: a purpose, and places, sizes and times of files.
+        compute: gives at least 16 hex digits.
+    """
+    kept = cache_dir() / "content_hash" / digest(what)
+    if (value := _read_kept(kept)) is None:
+        value = compute()
+        _keep(kept, value)
     return value
 
 
@@ -368,7 +413,7 @@ def _read_kept(path: Path) -> str | None:
         value = path.read_text()
     except OSError:
         return None
-    return value if re.fullmatch("[0-9a-f]{16}", value) else None
+    return value if re.fullmatch("[0-9a-f]{16,64}", value) else None
 
 
 def _keep(path: Path, value: str) -> None:
@@ -378,6 +423,130 @@ def _keep(path: Path, value: str) -> None:
             file.write(value.encode())
     except OSError:  # a cache that cannot be written costs time, nothing else
         pass
+
+
+def verify_counts(
+    path: Path, found: Mapping[str, int], expected: Collection[str], count: int, *, classes: str, items: str
+) -> None:
+    """Check that all classes are there with their number of pictures.
+
+    Args:
+        path: where they are.
+        found: pictures of each class.
+        expected: names of the classes.
+        count: pictures that each should have.
+        classes: what the message calls the expected classes, as `characters of images_background`.
+        items: what it calls the pictures, as `drawings`.
+
+    Raises:
+        ValueError: names what is missing, incomplete or not expected.
+    """
+    problems = {
+        "missing": [c for c in expected if c not in found],
+        f"without exactly {count} {items}": [f"{c} ({found[c]})" for c in expected if found.get(c, count) != count],
+        "not expected": sorted(set(found) - set(expected)),
+    }
+    if any(problems.values()):
+        listed = "; ".join(f"{what}: {_shortened(which)}" for what, which in problems.items() if which)
+        raise ValueError(f"{path} holds {len(found)} of the {len(expected)} {classes}; {listed}")
+
+
+def _shortened(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def verify_md5(what: str, official: Mapping[Path, str], policy: Checksum) -> None:
+    """Compare files with the published ones; a file that did not change is read only once.
+
+    Args:
+        what: their name in the message, as `the official Omniglot archives`.
+        official: published md5 of each file.
+        policy: see `differs`.
+
+    Raises:
+        ValueError: if `policy` is `error` and a file is another one.
+    """
+    if policy == "off":
+        return
+    found = {path: remembered(["md5", file_stamp(path)], partial(checksum, path, "md5")) for path in official}
+    other = [f"{path} (md5 {found[path]}, official {md5})" for path, md5 in official.items() if found[path] != md5]
+    if other:
+        differs(f"not {what}, perhaps packed anew: {', '.join(other)}", policy)
+
+
+def differs(message: str, policy: Checksum) -> None:
+    """Say that data are not the published ones: one warning, or, if `policy` is `error`, a ValueError."""
+    if policy == "error":
+        raise ValueError(f"{message}; replace them, or set dataset.checksum=warn (contents are counted anyway)")
+    if policy == "warn":
+        warnings.warn(f"{message}; using them, since contents are counted (dataset.checksum)", stacklevel=2)
+
+
+ARRAYS = frozenset(
+    {
+        ("numpy", "ndarray"),
+        ("numpy", "dtype"),
+        ("numpy.core.multiarray", "_reconstruct"),
+        ("numpy.core.multiarray", "scalar"),
+        ("numpy.core.numeric", "_frombuffer"),
+        *(("builtins", name) for name in ("bytearray", "complex", "frozenset", "set")),
+    }
+)
+"""What a pickle of arrays in lists and dictionaries may refer to, by its name in numpy 1."""
+
+
+class _Refused(Exception):
+    """What a pickle holds must not be read."""
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Refuses everything that is not in `ARRAYS`, by name, before it is imported."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _from_latin1
+        known = {"__builtin__": "builtins"}.get(module, module.replace("numpy._core.", "numpy.core."))
+        if (known, name) not in ARRAYS:
+            raise _Refused(f"refers to {module}.{name}; refusing to read it, because pickles can run any code")
+        if name == "dtype":
+            return _dtype
+        if known.startswith("numpy.core."):  # moved in numpy 2, which warns of the old name
+            current = known.replace("numpy.core.", "numpy._core.")
+            known = current if hasattr(import_module("numpy"), "_core") else known
+        return getattr(import_module(known), name)
+
+
+def _from_latin1(text: str, encoding: str) -> bytes:
+    """Bytes as Python 3 writes them at protocol 2."""
+    if encoding != "latin1":
+        raise _Refused(f"has bytes in the encoding {encoding!r}; expected 'latin1'")
+    return text.encode("latin1")
+
+
+def _dtype(name: str, align: int = 0, copy: int = 1) -> Any:
+    """numpy's type; old pickles have numbers for its two switches, of which numpy 2.4.0 warns."""
+    return import_module("numpy").dtype(name, bool(align), bool(copy))
+
+
+def read_pickle(data: bytes, name: str) -> dict[str, Any]:
+    """A pickled dictionary of arrays, lists, texts and numbers; nothing else can be in it, so no code runs.
+
+    Args:
+        data: the pickle; texts of Python 2 are read as Latin-1.
+        name: of the file, for messages.
+
+    Raises:
+        ValueError: if it refers to anything but numpy's arrays and some built-in containers, or is no such dictionary.
+    """
+    try:
+        value = _ArrayUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except _Refused as error:
+        raise ValueError(f"{name} {error}") from None
+    except Exception as error:  # a damaged pickle can raise anything
+        raise ValueError(f"{name} is not a complete pickle: {type(error).__name__}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{name} holds a {type(value).__name__}; expected a dictionary")
+    return {k.decode("latin1") if isinstance(k, bytes) else k: v for k, v in value.items()}
 
 
 class DownloadError(OSError):

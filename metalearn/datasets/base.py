@@ -5,7 +5,7 @@ tiny; `fetch` turns a draw into tensors. Nothing is decoded or rendered after lo
 """
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -67,6 +67,12 @@ class Dataset(ABC):
     def to(self, device: torch.device | str) -> "Dataset":
         """Keep the data on `device` from now on."""
         return self
+
+
+def one_of(key: str, value: str, allowed: Any) -> None:
+    """Raise a ValueError unless a key of the data set has a value of the literal type `allowed`."""
+    if value not in get_args(allowed):
+        raise ValueError(f"dataset.{key} = {value!r} is not one of {', '.join(get_args(allowed))}")
 
 
 class ImageDataset(Dataset):

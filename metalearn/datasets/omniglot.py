@@ -13,7 +13,7 @@ from PIL import Image
 
 from metalearn.datasets import omniglot_files
 from metalearn.datasets.archives import cached_file, open_members, select
-from metalearn.datasets.base import ClassImages, ImageDataset, Split
+from metalearn.datasets.base import ClassImages, ImageDataset, Split, one_of
 from metalearn.datasets.omniglot_files import DRAWINGS, PARTS, PICTURE, Checksum, Part
 from metalearn.random import Key
 
@@ -73,9 +73,9 @@ class Omniglot(ImageDataset):
         **episodes: Any,
     ):
         super().__init__(**episodes)
-        _one_of("variant", variant, Variant)
-        _one_of("resize", resize, Resize)
-        _one_of("checksum", checksum, Checksum)
+        one_of("variant", variant, Variant)
+        one_of("resize", resize, Resize)
+        one_of("checksum", checksum, Checksum)
         if size < 1:
             raise ValueError(f"dataset.size = {size} must be at least 1")
         self.root, self.variant, self.rotations = root, variant, rotations
@@ -113,11 +113,6 @@ class Omniglot(ImageDataset):
             lambda file: np.save(file, decode(paths, RESIZE[self.resize], self.size)),
         )
         return np.load(images, mmap_mode="r"), json.loads(index.read_text(encoding="utf-8"))
-
-
-def _one_of(key: str, value: str, allowed: Any) -> None:
-    if value not in get_args(allowed):
-        raise ValueError(f"dataset.{key} = {value!r} is not one of {', '.join(get_args(allowed))}")
 
 
 def split_characters(variant: Variant, names: Sequence[str], seed: int) -> dict[Split, list[str]]:

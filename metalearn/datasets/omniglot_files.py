@@ -4,17 +4,15 @@ Lake, Salakhutdinov & Tenenbaum, "Human-level concept learning through probabili
 https://github.com/brendenlake/omniglot. 1623 characters of 50 alphabets, 20 drawings each.
 """
 
-import json
 import re
-import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from metalearn.datasets.archives import Remote, checksum, content_hash, download
+from metalearn.datasets import archives
+from metalearn.datasets.archives import Checksum, Remote, class_lists, content_hash, download, verify_md5
 
 PICTURE = re.compile(r"(?:^|/)([^/]+/character\d\d/\d{4}_\d\d\.png)$")
 """A picture in an archive or tree, at any depth; the group is `Alphabet/characterNN/MMMM_DD.png`."""
@@ -23,13 +21,10 @@ DRAWINGS = 20
 LICENCE = "MIT, Copyright (c) 2015 Brenden Lake"
 _ADDRESS = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 
-Checksum = Literal["warn", "error", "off"]
-
 
 def split_list(name: str) -> dict[str, Any]:
     """A split that ships with the package: `lake`, `meta_dataset` or `vinyals` (source and commit in the file)."""
-    file = resources.files("metalearn.datasets") / "splits" / f"omniglot_{name}.json"
-    return json.loads(file.read_text(encoding="utf-8"))
+    return class_lists(f"omniglot_{name}")
 
 
 class Part(NamedTuple):
@@ -120,17 +115,9 @@ def verify_archives(paths: Iterable[Path], policy: Checksum, parts: Sequence[Par
     Raises:
         ValueError: if `policy` is `error` and an archive is another one (`warn` gives one warning for all of them).
     """
-    if policy == "off":
-        return
-    remote = {f"{part.name}.zip": part.remote for part in parts}
-    other = [path for path in paths if path.is_file() and not remote[path.name].matches(path)]
-    if not other:
-        return
-    listed = ", ".join(f"{p} (md5 {checksum(p, 'md5')}, official {remote[p.name].md5})" for p in other)
-    message = f"not the official Omniglot archives, perhaps packed anew: {listed}"
-    if policy == "error":
-        raise ValueError(f"{message}; replace them, or set dataset.checksum=warn (contents are counted anyway)")
-    warnings.warn(f"{message}; using them, since contents are counted (dataset.checksum)", stacklevel=2)
+    md5 = {f"{part.name}.zip": part.remote.md5 for part in parts}
+    official = {path: known for path in paths if path.is_file() and (known := md5[path.name])}
+    verify_md5("the official Omniglot archives", official, policy)
 
 
 def verify_counts(pictures: dict[Path, list[str]], parts: Sequence[Part] = PARTS) -> None:
@@ -145,20 +132,8 @@ def verify_counts(pictures: dict[Path, list[str]], parts: Sequence[Part] = PARTS
     """
     for (path, names), part in zip(pictures.items(), parts, strict=True):
         found = Counter(name.rpartition("/")[0] for name in names)
-        expected = part.characters()
-        partial = [f"{c} ({found[c]})" for c in expected if found[c] not in (0, DRAWINGS)]
-        problems = {
-            "missing": [c for c in expected if c not in found],
-            f"without exactly {DRAWINGS} drawings": partial,
-            "not expected": sorted(set(found) - set(expected)),
-        }
-        if any(problems.values()):
-            listed = "; ".join(f"{what}: {_shortened(which)}" for what, which in problems.items() if which)
-            raise ValueError(f"{path} holds {len(found)} characters of the {len(expected)} of {part.name}; {listed}")
-
-
-def _shortened(names: list[str], limit: int = 5) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+        classes = f"characters of {part.name}"
+        archives.verify_counts(path, found, part.characters(), DRAWINGS, classes=classes, items="drawings")
 
 
 def data_hash(root: str | Path, parts: Sequence[Part] = PARTS) -> str:

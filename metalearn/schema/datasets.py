@@ -17,6 +17,8 @@ class Dataset:
     target: ClassVar[str]
     epoch: ClassVar[int] = 1
     kind: ClassVar[str]
+    training_only: ClassVar[tuple[str, ...]] = ()
+    """Keys that change no validation or test episode."""
 
     name: str = key("", "name in tables and logs", touches="none")
     seed: int = key(0, "seed of what the data set itself draws: splits, label groups, renderings", ge=0, lt=2**31)
@@ -52,6 +54,7 @@ class ImageDataset(Dataset):
     """N-way K-shot classification of pictures; see `metalearn.datasets.base.ImageDataset`."""
 
     kind: ClassVar[str] = "classification"
+    training_only: ClassVar[tuple[str, ...]] = ("label_assignment",)
 
     way: int = key(5, "classes of a training task (N)", ge=2)
     shot: int = key(1, "support pictures a class in training (K)", ge=1)
@@ -216,6 +219,83 @@ class GroupOmniglot(Appearances, Omniglot):
 
 
 @dataclass
+class CIFAR100(ImageDataset):
+    """metalearn.datasets.cifar.CIFAR100, which the sets of its classes below share."""
+
+    training_only: ClassVar[tuple[str, ...]] = (*ImageDataset.training_only, "flip")
+    classes: ClassVar[tuple[int, int, int]]
+    """Of training, validation and test."""
+    largest: ClassVar[tuple[int, int, int]]
+    """Classes that one superclass has at most in each of them."""
+
+    root: str = key(..., "folder with cifar-100-python(.tar.gz) or another published form of the pictures")
+    groups: str = key(
+        "none",
+        "what a task's classes are drawn from: all of the split, or one superclass",
+        choices=("none", "superclass"),
+    )
+    flip: bool = key(False, "mirror support pictures of training tasks with probability 1/2")
+    test_flip: bool = key(False, "the same for validation and test tasks (TSA-MAML's code has both)")
+    normalize: bool = key(False, "subtract the channels' means and divide by their deviations over all pictures")
+    download: bool = key(False, "fetch the official archive (169 MB) if nothing is there", touches="none")
+    checksum: str = key(
+        "warn", "what it means if files are not the published ones", choices=("warn", "error", "off"), touches="none"
+    )
+
+    @classmethod
+    def capacity(cls, dataset: Config) -> dict[str, tuple[int, int]] | None:
+        return {split: (n, 600) for split, n in zip(("train", "val", "test"), cls.classes, strict=True)}
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from super().problems(dataset)
+        if dataset["groups"] == "none":
+            return
+        if dataset["label_assignment"] == "fixed_label":
+            yield "dataset.groups=superclass: needs dataset.label_assignment=mutually_exclusive"
+        test = "way" if dataset["test_way"] is None else "test_way"
+        for name, split, most in zip(("way", test, test), ("train", "val", "test"), cls.largest, strict=True):
+            if dataset[name] > most:
+                yield (
+                    f"dataset.{name}={dataset[name]}: must be <= {most} with dataset.groups=superclass, the most "
+                    f"classes that a superclass has in split '{split}'"
+                )
+
+    @classmethod
+    def side(cls, dataset: Config) -> int | None:
+        return 32
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.archives import DownloadError
+        from metalearn.datasets.cifar_files import data_hash, prepare
+
+        try:
+            prepare(dataset["root"], download=dataset["download"], checksum=dataset["checksum"])
+            return data_hash(dataset["root"])
+        except (FileNotFoundError, ValueError, DownloadError, BadZipFile) as error:
+            raise BadInput(str(error)) from None
+
+
+@dataclass
+class CIFARFS(CIFAR100):
+    """metalearn.datasets.cifar.CIFARFS."""
+
+    target: ClassVar[str] = "metalearn.datasets.cifar.CIFARFS"
+    classes: ClassVar[tuple[int, int, int]] = (64, 16, 20)
+    largest: ClassVar[tuple[int, int, int]] = (5, 2, 3)
+
+
+@dataclass
+class FC100(CIFAR100):
+    """metalearn.datasets.cifar.FC100."""
+
+    target: ClassVar[str] = "metalearn.datasets.cifar.FC100"
+    classes: ClassVar[tuple[int, int, int]] = (60, 20, 20)
+    largest: ClassVar[tuple[int, int, int]] = (5, 5, 5)
+
+
+@dataclass
 class Sinusoid(Dataset):
     """metalearn.datasets.sinusoid.Sinusoid."""
 
@@ -295,4 +375,4 @@ def _not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
         yield f"{path}={show(names)}: must name at least one {what}, and none twice"
 
 
-DATASETS = (Glyphs, GroupGlyphs, Omniglot, GroupOmniglot, Sinusoid, Harmonic, GroupRegression)
+DATASETS = (Glyphs, GroupGlyphs, Omniglot, GroupOmniglot, CIFARFS, FC100, Sinusoid, Harmonic, GroupRegression)
