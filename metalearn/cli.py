@@ -56,6 +56,10 @@ def _main(arguments: list[str]) -> int:
         from metalearn.check.command import main as check
 
         return check(arguments[1:])
+    if arguments[:1] == ["report"]:
+        from metalearn.reports import main as report
+
+        return report(arguments[1:])
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     if parsed.help:
         print(usage([a for a in parsed.overrides if "=" not in a]))

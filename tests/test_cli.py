@@ -76,6 +76,10 @@ QUIET = {
     "misspelt key": ["algorithm.alpa=1"],
     "misspelt name": ["algorithm=mmaml"],
     "no option": ["--nope"],
+    "reports": ["report", "--help"],
+    "options of a report": ["report", "bounds", "--help"],
+    "no report": ["report", "taylr"],
+    "bad option of a report": ["report", "taylor", "--tasks", "3"],
     "several values": ["seed=1,2"],
     "a range": ["trainer.threads=range(3)"],
     "no group": ["--help", "nope"],
@@ -128,6 +132,8 @@ def quiet(no_torch, tmp_path_factory):
         ("misspelt key", "algorithm.alpa: no such key for algorithm=maml; did you mean 'algorithm.alpha'?"),
         ("misspelt name", "algorithm=mmaml: no such algorithm; did you mean 'maml'?"),
         ("no option", "--nope: no such option"),
+        ("no report", "report: taylr: must be one of"),
+        ("bad option of a report", "--tasks: 3: must be a whole number >= 100"),
         ("several values", "seed=1,2: several values need -m"),
         ("a range", "trainer.threads=range(3): several values need -m"),
         ("no group", "nope: no such group"),
@@ -137,6 +143,12 @@ def quiet(no_torch, tmp_path_factory):
 def test_bad_input_is_two_and_a_short_message(quiet, name, said):
     code, out, err = quiet[name]
     assert (code, out) == (2, "") and err.startswith("metalearn: ") and said in err and err.count("\n") <= 3
+
+
+def test_reports_are_listed_and_described(quiet):
+    for name, said in (("reports", "outputs/theory/NAME"), ("options of a report", "--sets")):
+        code, out, err = quiet[name]
+        assert (code, err) == (0, "") and said in out and "Corollary 1" in out
 
 
 def test_help_names_every_group_member_and_key(quiet):

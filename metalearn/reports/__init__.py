@@ -1,0 +1,146 @@
+"""`metalearn report`: studies that take seconds to minutes, each as a table, its numbers as JSON, and a picture.
+
+Every other module of this package is one report and needs no registration. It imports no torch at its top and defines
+
+    TITLE: str                                   one line for the list
+    DESCRIPTION: str                             what the report shows, for its --help
+    def options(parser) -> None                  adds its own options, and says which numbers they take
+    def run(options) -> Content                  the work
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+
+from metalearn.schema import BadInput
+from metalearn.schema.keys import nearest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Content(NamedTuple):
+    """What a report found.
+
+    text: Markdown, also printed. data: the numbers behind it, for JSON. figures: by file name without its ending.
+    """
+
+    text: str
+    data: dict[str, Any]
+    figures: dict[str, Figure]
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{self.prog.removeprefix('metalearn ')}: {message}; see {self.prog} --help")
+
+
+def names() -> list[str]:
+    """The reports there are."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def load(name: str) -> ModuleType:
+    """The module of a report.
+
+    Raises:
+        BadInput: if there is none.
+    """
+    if name not in names():
+        raise BadInput(f"report: {name}: must be one of {', '.join(names())}{nearest(name, names())}")
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def usage() -> str:
+    """The list of reports."""
+    lines = ["usage: metalearn report NAME [--output FOLDER] [options]; metalearn report NAME --help", ""]
+    lines += [f"  {name:<10} {load(name).TITLE}" for name in names()]
+    return "\n".join([*lines, "", "Writes report.md, report.json and pictures to outputs/theory/NAME, or to FOLDER."])
+
+
+def parser(name: str) -> argparse.ArgumentParser:
+    """The options of one report."""
+    module = load(name)
+    p = _Parser(
+        prog=f"metalearn report {name}",
+        description=f"{module.TITLE}.\n\n{module.DESCRIPTION}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    folder = f"outputs/theory/{name}"
+    p.add_argument("--output", metavar="FOLDER", default=folder, help=f"default {folder}; files there are replaced")
+    p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every draw; default 0")
+    module.options(p)
+    return p
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An option's type: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        bound = f"a whole number >= {least}" if most is None else f"a whole number in {least}..{most}"
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}") from error
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+        return value
+
+    return read
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the report that the arguments name, or list all; 0 whatever it finds, for what fails is a finding, too."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    options = parser(arguments[0]).parse_args(arguments[1:])
+    folder = Path(options.output)
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(f"report {arguments[0]}: --output {options.output}: {existing} is a file; name a folder")
+    began = time.monotonic()
+    content: Content = load(arguments[0]).run(options)
+    _write(folder, arguments, content, time.monotonic() - began)
+    print(content.text)
+    print(f"files: {folder}", file=sys.stderr)
+    return 0
+
+
+def _write(folder: Path, arguments: Sequence[str], content: Content, seconds: float) -> None:
+    from metalearn.record import git_state
+
+    commit, dirty = git_state()
+    header: dict[str, Any] = {"command": " ".join(["metalearn report", *arguments]), "commit": commit, "changed": dirty}
+    header |= {"torch": version("torch"), "seconds": round(seconds, 1)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in content.figures.items():
+        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+    pictures = "".join(f"\n![{name}]({name}.png)\n" for name in content.figures)
+    source = "" if commit is None else f", commit {commit[:12]}{' (changed)' if dirty else ''}"
+    (folder / "report.md").write_text(f"`{header['command']}`{source}\n\n{content.text}\n{pictures}")
+    text = json.dumps({"header": header, **content.data}, indent=1, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n")
+
+
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are also aligned in a terminal, the first to the left and numbers to the right."""
+    widths = [max(3, *(len(row[i]) for row in (columns, *rows))) for i in range(len(columns))]
+    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(line(cells) for cells in (columns, rule, *rows))
