@@ -76,7 +76,8 @@ class TaskOutput(NamedTuple):
     """What a learner makes of a stack of tasks.
 
     loss: `[B]`, differentiated in theta. prediction: `[B, n, outputs]` on the query set, None where there is none.
-    phi: the adapted parameters. aux: per-task reports `[B]`, detached, never used for control flow.
+    phi: the adapted parameters. aux: per-task reports `[B]`, detached, never used for control flow; differentiating
+    the output may add to them.
     seen: batch-norm statistics of the query pass. state: new values of the learner's state, leaves `[B, *shape]`.
     """
 

@@ -4,8 +4,9 @@ A loss here maps `(phi, context)` to one value per task, `[B]`. Tasks are indepe
 tasks holds every task's own gradient.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from metalearn.episode import Params
 Loss = Callable[[Params, Any], Tensor]
 Trajectory = list[Params]
 """Parameters after 0, 1, ..., K steps."""
+Product = Callable[[Params], Params]
+"""A linear map of leaves `[B, *shape]`, for each task by itself."""
 
 
 def per_task(params: Params, tasks: int, shapes: dict[str, torch.Size]) -> Params:
@@ -177,13 +180,177 @@ def _rate_gradient(g: Tensor, v: Tensor, rate: Any) -> Tensor | None:
     return -(g.detach() * v).sum_to_size(rate.shape) if isinstance(rate, Tensor) else None
 
 
-def _pull_back(grads: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+def _pull_back(
+    grads: Sequence[Tensor], cotangents: Sequence[Tensor], inputs: Sequence[Tensor], *, keep: bool = False
+) -> tuple[Any, ...]:
     """Vector-Jacobian product of the inner gradients; None where an input has no influence."""
     live = [(g, c) for g, c in zip(grads, cotangents, strict=True) if g.requires_grad]
-    if not live:
+    if not live or not inputs:
         return (None,) * len(inputs)
     outputs, weights = zip(*live, strict=True)
-    return torch.autograd.grad(outputs, inputs, weights, allow_unused=True)
+    return torch.autograd.grad(outputs, inputs, weights, allow_unused=True, retain_graph=keep)
+
+
+# ---- proximal problems and their implicit derivative -------------------------------------------------------------
+
+
+def proximal_descent(
+    loss: Loss, start: Params, context: Any, lr: float, lam: float, steps: int, *, pull_back: bool = False
+) -> Iterator[Params]:
+    """Gradient steps on L(phi, context) + lam/2 |phi - start|^2 from phi = start, without a graph.
+
+    They converge where lr < 2 / (lambda_max + lam), lambda_max the largest curvature of L. Nothing of a step is kept,
+    so memory does not grow with their number unless the caller keeps the iterates.
+
+    Args:
+        loss: maps (phi, context) to `[B]`.
+        start: leaves `[B, *shape]`.
+        context: any nested structure of tensors that `loss` needs besides phi.
+        lr: step size.
+        lam: weight of the proximal term; 0 for none.
+        steps: number of steps K >= 0.
+        pull_back: descend L alone, and let each iterate that is given out be one step of the proximal term behind
+            (phi - lr lam (phi - start)): the solver of the authors of iMAML.
+
+    Yields:
+        The parameters after 0, 1, ..., K steps.
+    """
+    origin = {k: p.detach() for k, p in start.items()}
+    context = pytree.tree_map_only(Tensor, Tensor.detach, context)
+    phi = yielded = origin
+    yield yielded
+    for _ in range(steps):
+        at = {k: p.detach().requires_grad_() for k, p in phi.items()}
+        with torch.enable_grad():
+            grads = gradient(loss(at, context), at)
+        with torch.no_grad():
+            if lam and not pull_back:
+                grads = {k: g + lam * (phi[k] - origin[k]) for k, g in grads.items()}
+            phi = {k: (g * -lr).add_(phi[k]) for k, g in grads.items()}  # in the gradient's memory order
+            yielded = {k: torch.lerp(p, origin[k], lr * lam) for k, p in phi.items()} if lam and pull_back else phi
+        yield yielded
+
+
+def implicit(loss: Loss, phi: Params, start: Params, context: Any, lam: float, solve: Callable[..., Params]) -> Params:
+    """The minimiser phi of L(phi, context) + lam/2 |phi - start|^2 as a differentiable function of start and context.
+
+    By the implicit function theorem a cotangent v of phi becomes g = (I + H / lam)^-1 v in start, H the Hessian of L at
+    phi, and minus the derivative of <grad L(phi, context), g> / lam in the context. How phi was found does not matter,
+    and nothing of it is kept. The result can be differentiated once.
+
+    Args:
+        loss: maps (phi, context) to `[B]`; a tensor that it captures is a constant.
+        phi: the minimiser, leaves `[B, *shape]`.
+        start: leaves `[B, *shape]`.
+        context: any nested structure of tensors.
+        lam: weight of the proximal term, > 0.
+        solve: maps (v -> H v, v), leaves `[B, *shape]`, to (I + H / lam)^-1 v, or to an approximation of it.
+
+    Returns:
+        phi.
+    """
+    leaves, structure = pytree.tree_flatten(context)
+    call = _Descent(loss, list(start), structure, 0, first_order=False, remember=False)
+    out = _Implicit.apply(call, list(phi.values()), lam, solve, *start.values(), *leaves)
+    return dict(zip(start, out, strict=True))
+
+
+class _Implicit(Function):
+    @staticmethod
+    def forward(ctx: Any, call: _Descent, phi: list[Tensor], lam: float, solve: Any, *leaves: Any) -> Any:
+        wanted = ctx.needs_input_grad[4 + len(phi) :]
+        ctx.context = [
+            c.detach().requires_grad_(w) if isinstance(c, Tensor) else c
+            for c, w in zip(leaves[len(phi) :], wanted, strict=True)
+        ]
+        ctx.call, ctx.phi, ctx.lam, ctx.solve, ctx.wanted = call, phi, lam, solve, wanted
+        return tuple(p.detach() for p in phi)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *incoming: Tensor) -> Any:
+        at = [p.detach().requires_grad_() for p in ctx.phi]
+        grads = ctx.call.gradient(at, ctx.context, graph=True)
+        v = dict(zip(ctx.call.names, incoming, strict=True))
+        g = list(ctx.solve(partial(_curve, ctx.call.names, grads, at), v).values())
+        inputs = [c for c, w in zip(ctx.context, ctx.wanted, strict=True) if w]
+        crossed = iter(_pull_back(grads, [x / -ctx.lam for x in g], inputs))
+        return *[None] * 4, *g, *(next(crossed) if w else None for w in ctx.wanted)
+
+
+def _curve(names: list[str], grads: Sequence[Tensor], at: Sequence[Tensor], v: Params) -> Params:
+    """H v, by pulling v back through the gradients' graph, which is kept."""
+    pulled = _pull_back(grads, list(v.values()), at, keep=True)
+    return {k: torch.zeros_like(p) if x is None else x for k, p, x in zip(names, at, pulled, strict=True)}
+
+
+def hvp(loss: Loss, phi: Params, context: Any) -> Product:
+    """v -> H v with H the Hessian of each task's loss(., context) at phi, by reverse over reverse.
+
+    The gradient's graph is made once and serves every product.
+    """
+    at = {k: p.detach().requires_grad_() for k, p in phi.items()}
+    with torch.enable_grad():
+        grads = gradient(loss(at, context), at, create_graph=True)
+    return partial(_curve, list(phi), list(grads.values()), list(at.values()))
+
+
+class Solution(NamedTuple):
+    """What conjugate gradient ends at.
+
+    x: leaves `[B, *shape]`. steps: taken by each task, and residual: |A x - b| / |b| (0 if b is 0), and indefinite:
+    whether it met p^T A p <= 0, all `[B]`.
+    """
+
+    x: Params
+    steps: Tensor
+    residual: Tensor
+    indefinite: Tensor
+
+
+def conjugate_gradient(product: Product, b: Params, steps: int, *, tolerance: float = 1e-10) -> Solution:
+    """Solve A x = b for each task by `steps` steps of conjugate gradient from x = 0 (Hestenes & Stiefel 1952).
+
+    A task stops by itself, and keeps its iterate, when |r|^2 <= tolerance |b|^2 for the residual r, and when the next
+    direction p has p^T A p <= 0, so that A is not positive definite and x no minimiser of x^T A x / 2 - x^T b.
+    The number of steps, and of products, is the same whatever the tasks do. Numbers that are not finite stay so.
+
+    Args:
+        product: v -> A v, A symmetric for each task; leaves `[B, *shape]`.
+        b: right-hand sides.
+        steps: products to spend; a task of n unknowns needs no more than n, but for rounding.
+        tolerance: see above; relative, so that x is proportional to b.
+    """
+    x = {k: torch.zeros_like(v) for k, v in b.items()}
+    r, p = b, b
+    size = rr = task_dot(r, r)
+    taken, indefinite = torch.zeros_like(rr), torch.zeros_like(rr, dtype=torch.bool)
+    active = ~(rr <= tolerance * size)  # NaN stays active
+    for _ in range(steps):
+        curved = product(p)
+        curvature = task_dot(p, curved)
+        indefinite |= active & (curvature <= 0)
+        active = active & ~(curvature <= 0)
+        step = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
+        x = {k: x[k] + _for(step, p[k]) * p[k] for k in x}
+        r = {k: r[k] - _for(step, p[k]) * curved[k] for k in r}
+        before, rr = rr, task_dot(r, r)
+        taken = taken + active
+        active = active & ~(rr <= tolerance * size)
+        beta = torch.where(active, rr / torch.where(active, before, 1.0), 0.0)
+        p = {k: r[k] + _for(beta, p[k]) * p[k] for k in p}
+    return Solution(x, taken, (rr / torch.where(size == 0, 1.0, size)).sqrt(), indefinite)
+
+
+def task_dot(a: Params, b: Params) -> Tensor:
+    """`[B]`: the inner product of each task's leaves `[B, *shape]`."""
+    # the last axis is for leaves of one number a task, whose empty list of axes would mean all
+    return torch.stack([(a[k] * b[k]).unsqueeze(-1).sum(tuple(range(1, a[k].dim() + 1))) for k in a]).sum(0)
+
+
+def _for(value: Tensor, leaf: Tensor) -> Tensor:
+    """`[B]`, shaped to broadcast against a leaf `[B, *shape]`."""
+    return value.view(-1, *[1] * (leaf.dim() - 1))
 
 
 def surrogate(value: Tensor, params: Params, grads: Params) -> Tensor:

@@ -126,11 +126,9 @@ class MetaLearner(pl.LightningModule, ABC):
 
     def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
         """Default: the query loss of the adapted parameters, with batch statistics."""
-        phi = self.adapt(theta, episodes.support, steps=self.inner_steps, key=key)[-1]
-        norm = Normalization(record=True)
-        prediction = self.predict(theta, phi, episodes.query.x, support=episodes.support, bn="batch", record=norm)
-        loss = self.loss(prediction, episodes.query.y)
-        return TaskOutput(loss, prediction, phi, {}, norm.seen, {})
+        return self.query_output(
+            theta, self.adapt(theta, episodes.support, steps=self.inner_steps, key=key)[-1], episodes
+        )
 
     def outer(self, theta: Theta, episodes: Episode, out: TaskOutput) -> Tensor:
         """The outer objective from all tasks' outputs: their mean."""
@@ -157,6 +155,10 @@ class MetaLearner(pl.LightningModule, ABC):
         """What a log line says besides loss and rate: task means of the last meta-step's `aux`, and of its weights."""
         found = {k: float(v.double().mean()) for k, v in self.aux.items() if k != "weight"}
         return found | (self.combine.reports(self.aux["weight"]) if self.combine and "weight" in self.aux else {})
+
+    def hint(self) -> str:
+        """What a message about divergence says of this algorithm's own reasons for it."""
+        return ""
 
     # ---- shared pieces -------------------------------------------------------------------------------------------
 
@@ -194,6 +196,15 @@ class MetaLearner(pl.LightningModule, ABC):
     def metric_name(self) -> str:
         """Name of `metric` in results."""
         return "mse" if self.kind == "regression" else "accuracy"
+
+    def query_output(
+        self, theta: Theta, phi: Params, episodes: Episode, aux: dict[str, Tensor] | None = None
+    ) -> TaskOutput:
+        """The query loss of task parameters phi, with batch statistics, as what `task_loss` returns."""
+        norm = Normalization(record=True)
+        prediction = self.predict(theta, phi, episodes.query.x, support=episodes.support, bn="batch", record=norm)
+        loss = self.loss(prediction, episodes.query.y)
+        return TaskOutput(loss, prediction, phi, {} if aux is None else aux, norm.seen, {})
 
     def run_net(
         self,
@@ -264,9 +275,8 @@ class MetaLearner(pl.LightningModule, ABC):
         what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if tasks else "outer gradient"
         rate = getattr(self, "alpha", None)
         alpha = "" if rate is None else f", algorithm.alpha = {rate}"
-        raise Diverged(
-            f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}"
-        )
+        place = f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}"
+        raise Diverged(place + self.hint())
 
     def training_step(self, batch: list[MetaBatch], batch_idx: int) -> None:
         """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""

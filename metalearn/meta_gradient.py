@@ -183,15 +183,18 @@ def _coupled(learner: MetaLearner, episodes: Episode, batch: MetaBatch) -> tuple
     both = torch.autograd.grad(objective, live + flat, materialize_grads=True)
     pulled, total = both[: len(live)], [g.clone() for g in both[len(live) :]]  # they may share memory, or be expanded
 
-    def pull(chunk: slice) -> list[Tensor]:
+    def pull(chunk: slice) -> tuple[list[Tensor], TaskOutput]:
         theta = _leaves(learner)
         part = learner.task_loss(theta, episodes.select(chunk), batch.key.select(chunk))
         outputs = [p for p in pytree.tree_leaves((part.loss, part.prediction, part.phi)) if isinstance(p, Tensor)]
-        return _grad(outputs, theta, [g[chunk] for g in pulled])
+        grads = _grad(outputs, theta, [g[chunk] for g in pulled])
+        return grads, _detached(part._replace(prediction=None, phi={}))
 
-    for more in parallel.over(pull, chunks, device):
+    parts = []
+    for more, part in parallel.over(pull, chunks, device):
         torch._foreach_add_(total, more)
-    return total, out
+        parts.append(part)
+    return total, out._replace(aux=_join(parts).aux)  # with what was reported while differentiating
 
 
 def _objective(learner: MetaLearner, theta: Theta, episodes: Episode, out: TaskOutput) -> Tensor:

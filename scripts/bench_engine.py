@@ -1,6 +1,6 @@
 """What `metalearn bench` does not measure of the engine: memory against inner steps, evaluation, and whole runs.
 
-usage: python scripts/bench_engine.py memory       peak memory of W1q for 1 to 10 inner steps, kept and recomputed
+usage: python scripts/bench_engine.py memory       peak memory of W1q for 1 to 64 inner steps: MAML (two forms), iMAML
        python scripts/bench_engine.py evaluation   frozen episodes a second, with and without the compiled kernels
        python scripts/bench_engine.py runs         meta-steps a second of a run from the command line, and of the engine
 """
@@ -28,7 +28,7 @@ def child(code: str, **environment: str) -> dict[str, Any]:
 
 PREPARE = """
 import json, statistics, time, torch
-from metalearn.algorithms import MAML, ProtoNet
+from metalearn.algorithms import IMAML, MAML, ProtoNet
 from metalearn.backbones import MLP, Conv4
 from metalearn.compiled import Compiler
 from metalearn.episode import Episode, Examples, MetaBatch
@@ -64,7 +64,7 @@ def times(step, n):
 """
 
 MEMORY = """
-learner, batch = omniglot(MAML, 8, 15, alpha=0.4, inner_steps={steps}, recompute={recompute}, chunk_bytes=1)
+learner, batch = omniglot({learner}, 8, 15, inner_steps={steps}, chunk_bytes=1)
 optimizer = learner.configure_optimizers()
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
@@ -91,10 +91,14 @@ print(json.dumps(times(lambda: learner.meta_step(batch, optimizer), {n})))
 
 def memory() -> None:
     """Memory beyond what the process has before its first meta-step; 8 tasks, one at a time."""
-    print("| inner steps | kept: MB | recomputed: MB | time recomputed / kept |\n| --- | --- | --- | --- |")
-    for steps in (1, 2, 5, 10):
-        kept, again = (child(MEMORY.format(steps=steps, recompute=r), OMP_NUM_THREADS="1") for r in ("False", "True"))
-        print(f"| {steps} | {kept['mb']:.0f} | {again['mb']:.0f} | {again['seconds'] / kept['seconds']:.2f} |")
+    print("| inner steps | MAML: MB | recomputed: MB | iMAML: MB | times, of MAML's: recomputed | iMAML |")
+    print("| --- | --- | --- | --- | --- | --- |")
+    learners = ("MAML, alpha=0.01", "MAML, alpha=0.01, recompute=True", "IMAML, alpha=0.01, lam=2.0")
+    for steps in (1, 4, 16, 64):
+        found = [child(MEMORY.format(learner=args, steps=steps), OMP_NUM_THREADS="1") for args in learners]
+        kept, again, implicit = (f"{one['mb']:.0f}" for one in found)
+        _, more, other = (f"{one['seconds'] / found[0]['seconds']:.2f}" for one in found)
+        print(f"| {steps} | {kept} | {again} | {implicit} | {more} | {other} |", flush=True)
 
 
 def evaluation() -> None:

@@ -8,7 +8,7 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import MAML, MatchingNet, MetaSGD, ProtoNet, Reptile
+from metalearn.algorithms import IMAML, MAML, MatchingNet, MetaSGD, ProtoNet, Reptile
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -18,6 +18,13 @@ from metalearn.regularizers import Regularizer
 
 STEPS: dict[str, Any] = {"alpha": 0.3, "inner_steps": 2, "test_steps": 3}
 MINIBATCHES: dict[str, Any] = {**STEPS, "alpha": 0.01, "inner_batch": 4, "test_inner_batch": 3}
+OFFICIAL: dict[str, Any] = {
+    "lam": 2.0,
+    "inner_solver": "official",
+    "test_lam": 0.0,
+    "cg_damping": 1.0,
+    "lam_damping": 10.0,
+}
 SITES = ["input", "block1", "block2", "feat", "head"]
 
 
@@ -66,6 +73,9 @@ ALGORITHMS = [
         passes=(SITES * 2, []),
         couples=True,
     ),
+    Row("imaml", IMAML, {**STEPS, "lam": 2.0}),
+    Row("imaml_official", IMAML, {**STEPS, **OFFICIAL}),
+    Row("imaml_head", IMAML, {**STEPS, "lam": 0.5, "adapted": "head"}, passes=([*SITES, "head"], SITES)),
     Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet", MatchingNet, {"scale": 10.0}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet_sum", MatchingNet, {"attention": "sum_cos"}, static=True, exact=True, passes=([], SITES[:-1])),

@@ -4,14 +4,17 @@ Finn, Abbeel & Levine, ICML 2017, https://arxiv.org/abs/1703.03400 (Algorithm 2,
 FOMAML is `first_order=True`; ANIL (Raghu et al., ICLR 2020) is `adapted="head"`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
 from metalearn.episode import Examples, Params, Theta
-from metalearn.functional import Trajectory, gradient_descent, per_task
+from metalearn.functional import Loss, Trajectory, gradient_descent, per_task
 from metalearn.learner import MetaLearner
 from metalearn.random import TaskKey
+
+Context = tuple[Params, Tensor, Tensor]
 
 
 class MAML(MetaLearner):
@@ -49,8 +52,6 @@ class MAML(MetaLearner):
     def descend(self, start: Params, support: Examples, steps: int, rate: float | Tensor | Params) -> Trajectory:
         """`steps` times phi <- phi - rate grad L(phi; S_i) from any start, for `adapt` of this and of other algorithms.
 
-        Features that no moving parameter influences are computed once (ANIL: one pass of the body).
-
         Args:
             start: all that a pass through the network depends on, leaves `[*shape]` or, each task's own, `[B, *shape]`.
             support: the tasks' support sets.
@@ -61,17 +62,38 @@ class MAML(MetaLearner):
             The moving parameters after 0, 1, ..., `steps` steps, together with every leaf of `start` that has a task
             axis.
         """
-        moving = {k: p for k, p in start.items() if self.moves(k)}
-        frozen = {k: p for k, p in start.items() if k not in moving}
-        site = self.net.first_site(list(moving))
-        features = self.run_net(start, support.x, when="inner", stop=site)
-
-        def support_loss(phi: Params, context: tuple[Params, Tensor, Tensor]) -> Tensor:
-            frozen, h, y = context
-            return self.inner_loss(self.run_net(frozen | phi, h, when="inner", start=site), y)
-
-        phi = per_task(moving, len(support.x), self.shapes)
+        loss, moving, context = support_problem(self, start, support, self.moves)
         options = {"first_order": self.first_order, "remember": not self.recompute}
-        trajectory = gradient_descent(support_loss, phi, (frozen, features, support.y), rate, steps, **options)
+        trajectory = gradient_descent(loss, moving, context, rate, steps, **options)
+        frozen = context[0]
         own = {k: p for k, p in frozen.items() if k in self.shapes and p.dim() > len(self.shapes[k])}
         return [own | phi for phi in trajectory] if own else trajectory
+
+
+def support_problem(
+    learner: MetaLearner, start: Params, support: Examples, moves: Callable[[str], bool]
+) -> tuple[Loss, Params, Context]:
+    """The inner loss as a function of the parameters that move, where they start, and what else it depends on.
+
+    Features that no moving parameter influences are computed once (ANIL: one pass of the body).
+
+    Args:
+        learner: whose network and inner loss.
+        start: all that a pass through the network depends on, leaves `[*shape]` or, each task's own, `[B, *shape]`.
+        support: the tasks' support sets.
+        moves: whether the inner loop moves the parameter of this name.
+
+    Returns:
+        The loss, which maps (moving, context) to `[B]`; the moving parameters, leaves `[B, *shape]`; and the context:
+        the other parameters, the features and the targets.
+    """
+    moving = {k: p for k, p in start.items() if moves(k)}
+    frozen = {k: p for k, p in start.items() if k not in moving}
+    site = learner.net.first_site(list(moving))
+    features = learner.run_net(start, support.x, when="inner", stop=site)
+
+    def support_loss(phi: Params, context: Context) -> Tensor:
+        frozen, h, y = context
+        return learner.inner_loss(learner.run_net(frozen | phi, h, when="inner", start=site), y)
+
+    return support_loss, per_task(moving, len(support.x), learner.shapes), (frozen, features, support.y)

@@ -91,12 +91,49 @@ class MAML(InnerLoop):
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
-        from metalearn.schema.registry import member_of
-
         yield from super().problems(algorithm, run)
-        adapted, layers = algorithm["adapted"], member_of("backbone", run["backbone"]).layers(run["backbone"])
-        if layers and not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
-            yield f"algorithm.adapted={adapted}: must be empty or begin the name of one of {', '.join(layers)}"
+        yield from _adapts_nothing(algorithm, run)
+
+
+@dataclass
+class IMAML(InnerLoop):
+    """metalearn.algorithms.IMAML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.IMAML"
+
+    alpha: float = key(0.1, "step size of the inner solver, for the loss that inner_loss_reduction defines", ge=0)
+    inner_steps: int = key(16, "steps of the inner solver in training", ge=0)
+    test_steps: int = key(16, "steps of the inner solver in validation and test", ge=0)
+    lam: float = key(2.0, "weight lambda of the proximal term lambda/2 |phi - theta|^2", gt=0)
+    inner_solver: str = key(
+        "prox_gd",
+        "gradient steps on loss and proximal term; official: on the loss, and then one on the proximal term alone",
+        choices=("prox_gd", "official"),
+    )
+    test_lam: float | None = key(None, "lambda while adapting in validation and test; null for lam", ge=0)
+    adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all")
+    cg_steps: int = key(5, "most steps of conjugate gradient", ge=1)
+    cg_tolerance: float = key(1e-10, "squared residual, relative to that of zero, at which a task's steps end", ge=0)
+    cg_damping: float = key(0.0, "added to 1 in the system (1 + H / lambda) g = b; the authors' code: 1", ge=0)
+    lam_damping: float = key(0.0, "added to lambda in that system; the authors' code: 10", ge=0)
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        yield from _adapts_nothing(algorithm, run)
+        for name in ("lam", "test_lam"):
+            if algorithm["alpha"] * (algorithm[name] or 0) >= 2:
+                bound = f"2 / algorithm.{name} = {2 / algorithm[name]:g}"
+                yield f"algorithm.alpha={algorithm['alpha']}: must be < {bound}, or the proximal term alone diverges"
+
+
+def _adapts_nothing(algorithm: Config, run: Config) -> Iterator[str]:
+    """Why `adapted` begins no layer's name, if so."""
+    from metalearn.schema.registry import member_of
+
+    adapted, layers = algorithm["adapted"], member_of("backbone", run["backbone"]).layers(run["backbone"])
+    if layers and not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
+        yield f"algorithm.adapted={adapted}: must be empty or begin the name of one of {', '.join(layers)}"
 
 
 @dataclass
@@ -166,4 +203,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, Reptile, ProtoNet, MatchingNet)
+ALGORITHMS = (MAML, MetaSGD, Reptile, ProtoNet, MatchingNet, IMAML)
