@@ -409,7 +409,7 @@ REFUSED = [
     ("algorithm=null", "algorithm=null", "no such algorithm"),
     ("dataset=omniglot", "dataset.root", "required"),
     ("dataset=omniglot dataset.root=/nowhere", "/nowhere", "dataset.download=true"),
-    ("dataset=sinusoid algorithm=protonet", "algorithm=protonet", "only for classification"),
+    ("dataset=sinusoid algorithm=matchingnet", "algorithm=matchingnet", "only for classification"),
     ("dataset=sinusoid backbone=conv4", "backbone=conv4", "use mlp_sine"),
     ("dataset=sinusoid algorithm.inner_loss_reduction=sum_over_shots", "=sum_over_shots", "use mean"),
     ("algorithm._target_=os.system", "algorithm._target_=os.system", "metalearn.algorithms.MAML"),
