@@ -77,7 +77,7 @@ def _corollary(records: Records, chosen: Records) -> str:
 
 def _findings(theorems: Records, corollary: Records) -> str:
     """Sentences that the numbers decide."""
-    moved = [r for r in (*theorems, *corollary) if r["holds"]]
+    moved = [r for r in (*theorems, *(r for r in corollary if r["m"] > 1)) if r["holds"]]
     lines = []
     for name in moved[0]["holds"]:
         true = sum(r["holds"][name] for r in moved)
@@ -89,7 +89,7 @@ def _findings(theorems: Records, corollary: Records) -> str:
         f"- (a) exceeds the excess risk without any step, and so says nothing, in {empty} of {len(moved)} cases."
     )
     ratios = sorted(r["a"] / r["er"] for r in moved)
-    lines.append(f"- (a) / ER: {_number(ratios[0])} to {_number(ratios[-1])}.")
+    lines.append(f"- (a) / ER with one theta*: {_number(ratios[0])} to {_number(ratios[-1])}.")
     for m in sorted({r["m"] for r in corollary}):
         own = [r for r in corollary if r["m"] == m and r["alpha"] == ALPHA]
         best = min(own, key=lambda r: r["er"])
