@@ -126,7 +126,7 @@ def _write(folder: Path, arguments: Sequence[str], content: Content, seconds: fl
     header |= {"torch": version("torch"), "seconds": round(seconds, 1)}
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in content.figures.items():
-        figure.savefig(folder / f"{name}.png", dpi=150, bbox_inches="tight")
+        figure.savefig(folder / f"{name}.png", dpi=90, bbox_inches="tight")
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in content.figures)
     source = "" if commit is None else f", commit {commit[:12]}{' (changed)' if dirty else ''}"
     (folder / "report.md").write_text(f"`{header['command']}`{source}\n\n{content.text}\n{pictures}")
