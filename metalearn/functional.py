@@ -58,12 +58,14 @@ def gradient_descent(
     *,
     first_order: bool = False,
     remember: bool = True,
+    clip: float | None = None,
 ) -> Trajectory:
-    """phi <- phi - lr grad L(phi, context), `steps` times; differentiable in start, context and lr.
+    """phi <- phi - lr clipped(grad L(phi, context)), `steps` times; differentiable in start, context and lr.
 
     The derivative is the adjoint recursion v <- v - H (lr v), one Hessian-vector product a step, instead of a graph
-    through all steps. Everything that may need a gradient must come in through `start`, `context` or `lr`: a tensor
-    that `loss` captures is a constant. The result can be differentiated once; `unrolled` can be any number of times.
+    through all steps; where an entry of the gradient is clipped, lr v is zero. Everything that may need a gradient must
+    come in through `start`, `context` or `lr`: a tensor that `loss` captures is a constant. The result can be
+    differentiated once; `unrolled` can be any number of times.
 
     Args:
         loss: maps (phi, context) to `[B]`, one value per task.
@@ -74,6 +76,7 @@ def gradient_descent(
         first_order: treat inner gradients as constants (FOMAML): d phi_K / d start = I, none for the context.
         remember: keep each step's graph for the adjoint; False recomputes it (memory constant in K, one more
             forward and backward pass of the support set a step).
+        clip: bound on each entry of the gradient; None for none.
 
     Returns:
         The parameters after 0, 1, ..., K steps.
@@ -81,14 +84,21 @@ def gradient_descent(
     rates = lr if isinstance(lr, dict) else dict.fromkeys(start, lr)
     context_leaves, structure = pytree.tree_flatten(context)
     rate_leaves = [rates[k] for k in start]
-    call = _Descent(loss, list(start), structure, steps, first_order, remember)
+    call = _Descent(loss, list(start), structure, steps, first_order, remember, clip)
     out = _GradientDescent.apply(call, *start.values(), *rate_leaves, *context_leaves)
     phis = [dict(zip(start, out[i : i + len(start)], strict=True)) for i in range(0, len(out), len(start))]
     return [start, *phis]
 
 
 def unrolled(
-    loss: Loss, start: Params, context: Any, lr: float | Tensor | Params, steps: int, *, first_order: bool = False
+    loss: Loss,
+    start: Params,
+    context: Any,
+    lr: float | Tensor | Params,
+    steps: int,
+    *,
+    first_order: bool = False,
+    clip: float | None = None,
 ) -> Trajectory:
     """`gradient_descent` by ordinary automatic differentiation through all steps: its oracle, slower."""
     trajectory = [start]
@@ -98,6 +108,7 @@ def unrolled(
             phi = {k: p.detach().requires_grad_() for k, p in phi.items()}
         with torch.enable_grad():
             g = gradient(loss(phi, context), phi, create_graph=not first_order)
+            g = g if clip is None else {k: x.clamp(-clip, clip) for k, x in g.items()}
             trajectory.append({k: p - (lr[k] if isinstance(lr, dict) else lr) * g[k] for k, p in phi.items()})
     return trajectory
 
@@ -105,15 +116,33 @@ def unrolled(
 class _Descent:
     """The constants of one `gradient_descent` call."""
 
-    def __init__(self, loss: Loss, names: list[str], structure: Any, steps: int, first_order: bool, remember: bool):
+    def __init__(
+        self,
+        loss: Loss,
+        names: list[str],
+        structure: Any,
+        steps: int,
+        first_order: bool,
+        remember: bool,
+        clip: float | None = None,
+    ):
         self.loss, self.names, self.structure, self.steps = loss, names, structure, steps
-        self.first_order, self.remember = first_order, remember
+        self.first_order, self.remember, self.clip = first_order, remember, clip
 
     def gradient(self, phi: Sequence[Tensor], context: Sequence[Any], graph: bool) -> tuple[Tensor, ...]:
         """Inner gradients at phi (whose leaves require gradients)."""
         with torch.enable_grad():
             value = self.loss(dict(zip(self.names, phi, strict=True)), pytree.tree_unflatten(context, self.structure))
             return torch.autograd.grad(value.sum(), phi, create_graph=graph, materialize_grads=True)
+
+    def clipped(self, g: Tensor) -> Tensor:
+        """What a step follows of the gradient g, a constant."""
+        g = g.detach()
+        return g if self.clip is None else g.clamp(-self.clip, self.clip)
+
+    def passed(self, v: Tensor, g: Tensor) -> Tensor:
+        """The adjoint of `clipped` at g."""
+        return v if self.clip is None else v * (g.detach().abs() <= self.clip)
 
 
 class _GradientDescent(Function):
@@ -132,7 +161,7 @@ class _GradientDescent(Function):
             at = [p.detach().requires_grad_() for p in phi]
             grads = call.gradient(at, context, graph=adjoint and call.remember)
             # in the gradient's memory order, which is that of the operators that use phi next
-            phi = [(g.detach() * -r).add_(p) for p, r, g in zip(phi, rates, grads, strict=True)]
+            phi = [(call.clipped(g) * -r).add_(p) for p, r, g in zip(phi, rates, grads, strict=True)]
             keep = any(wanted) and (call.remember or call.first_order)
             steps.append((at, grads if keep else None))
             out += phi
@@ -162,9 +191,11 @@ class _GradientDescent(Function):
             if grads is None:
                 grads = call.gradient(at, ctx.context, graph=ctx.adjoint)
             if any(wanted[n : 2 * n]):
-                to_rates = _add(to_rates, [_rate_gradient(g, x, r) for g, x, r in zip(grads, v, rates, strict=True)])
+                more = [_rate_gradient(call.clipped(g), x, r) for g, x, r in zip(grads, v, rates, strict=True)]
+                to_rates = _add(to_rates, more)
             if ctx.adjoint:
-                pulled = _pull_back(grads, [x * -r for r, x in zip(rates, v, strict=True)], [*at, *inputs])
+                cotangents = [call.passed(x * -r, g) for r, x, g in zip(rates, v, grads, strict=True)]
+                pulled = _pull_back(grads, cotangents, [*at, *inputs])
                 v, to_inputs = _add(v, pulled[:n]), _add(to_inputs, pulled[n:])
         pending = iter(to_inputs)
         to_context = [next(pending) if w and ctx.adjoint else None for w in wanted[2 * n :]]
@@ -177,7 +208,7 @@ def _add(a: Sequence[Any], b: Sequence[Any]) -> list[Any]:
 
 
 def _rate_gradient(g: Tensor, v: Tensor, rate: Any) -> Tensor | None:
-    return -(g.detach() * v).sum_to_size(rate.shape) if isinstance(rate, Tensor) else None
+    return -(g * v).sum_to_size(rate.shape) if isinstance(rate, Tensor) else None
 
 
 def _pull_back(

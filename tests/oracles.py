@@ -63,6 +63,29 @@ def finite_differences(f: Callable[[], Tensor], leaves: Sequence[Tensor], h: flo
     return slopes
 
 
+def slopes_along(
+    f: Callable[[], Tensor], leaves: Sequence[Tensor], grads: Sequence[Tensor], directions: int = 3
+) -> tuple[Tensor, Tensor]:
+    """What `grads` say of random directions in each leaf, and the central differences of f() along them.
+
+    Where `finite_differences` would take long: a wrong entry of a gradient shows in every direction.
+    """
+    actual, expected = [], []
+    for i, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
+        kept = leaf.detach().clone()
+        for v in normal(directions, *leaf.shape, seed=900 + i):
+            values = []
+            for step in (6e-6, -6e-6):
+                with torch.no_grad():
+                    leaf.copy_(kept + step * v)
+                values.append(f().detach())
+            expected.append((values[0] - values[1]) / 12e-6)
+            actual.append((grad * v).sum())
+        with torch.no_grad():
+            leaf.copy_(kept)
+    return torch.stack(actual), torch.stack(expected)
+
+
 # ---- tasks -------------------------------------------------------------------------------------------------------
 
 

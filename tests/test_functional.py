@@ -1,5 +1,6 @@
 """Inner loops against ordinary automatic differentiation, finite differences and plain loops."""
 
+from itertools import pairwise
 from typing import Any
 
 import oracles
@@ -69,6 +70,26 @@ def test_adjoint_is_the_slope(rates):
     exact, first = (derivative(gradient_descent, arguments, leaves, 3, first_order=f) for f in (False, True))
     assert_close(exact, slopes, 1e-6)
     assert distance(first, slopes) > 0.1
+
+
+@pytest.mark.parametrize("remember", [True, False])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_clipped_gradients(first_order, remember):
+    """The adjoint of bounded entries is zero: against differentiation through clamp, and finite differences."""
+    arguments, leaves = problem("per leaf")
+    options: dict[str, Any] = {"first_order": first_order, "clip": 1.5}
+    trajectory = gradient_descent(loss, *arguments, 3, remember=remember, **options)
+    assert_close(trajectory, unrolled(loss, *arguments, 3, **options))
+    moved = torch.cat(
+        [((a[k] - b[k]) / arguments[2][k]).flatten() for a, b in pairwise(trajectory) for k in a if k != "idle"]
+    )
+    bounded = (moved.abs() > 1.5 - ROUNDING).double().mean()
+    assert moved.abs().max() < 1.5 + ROUNDING and 0.2 < bounded < 0.8
+    actual = derivative(gradient_descent, arguments, leaves, 3, remember=remember, **options)
+    assert_close(actual, derivative(unrolled, arguments, leaves, 3, **options))
+    if not first_order:
+        slopes = finite_differences(lambda: objective(gradient_descent(loss, *arguments, 3, clip=1.5)), leaves)
+        assert_close(actual, slopes, 1e-6)
 
 
 def test_first_order_takes_inner_gradients_as_constants():

@@ -63,7 +63,8 @@ def mixing_penalty(learner: MetaLearner, theta: Any, episodes: Episode, out: Any
 @pytest.mark.parametrize("fits", [1, 3, 5])
 def test_a_penalty_that_couples_tasks(case, fits):
     """Chunked or not, its gradient is that of one graph over all tasks."""
-    learner, batch = trained(case, regularizer=regularizer(penalty=mixing_penalty))
+    (plain, batch), learner = trained(case), create(case, regularizer=regularizer(penalty=mixing_penalty))
+    learner.load_state_dict(plain.state_dict())
     theta = learner.theta()
     out = learner.task_loss(theta, batch.episodes, batch.key)
     objective = out.loss.mean() + mixing_penalty(learner, theta, batch.episodes, out)

@@ -25,12 +25,21 @@ class MAML(MetaLearner):
         inner_steps, test_steps: inner gradient steps in training, and in validation and test.
         first_order: treat inner gradients as constants (FOMAML).
         adapted: prefix of the parameters that the inner loop moves; empty for all.
+        inner_clip: bound on each entry of an inner gradient (a bounded entry is a constant); None for none.
         learner: arguments of `MetaLearner`.
     """
 
-    def __init__(self, *, alpha: float, first_order: bool = False, adapted: str = "", **learner: Any):
+    def __init__(
+        self,
+        *,
+        alpha: float,
+        first_order: bool = False,
+        adapted: str = "",
+        inner_clip: float | None = None,
+        **learner: Any,
+    ):
         super().__init__(**learner)
-        self.alpha, self.first_order, self.adapted = alpha, first_order, adapted
+        self.alpha, self.first_order, self.adapted, self.inner_clip = alpha, first_order, adapted, inner_clip
 
     def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
         """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
@@ -63,8 +72,8 @@ class MAML(MetaLearner):
             axis.
         """
         loss, moving, context = support_problem(self, start, support, self.moves)
-        options = {"first_order": self.first_order, "remember": not self.recompute}
-        trajectory = gradient_descent(loss, moving, context, rate, steps, **options)
+        options: dict[str, Any] = {"first_order": self.first_order, "remember": not self.recompute}
+        trajectory = gradient_descent(loss, moving, context, rate, steps, clip=self.inner_clip, **options)
         frozen = context[0]
         own = {k: p for k, p in frozen.items() if k in self.shapes and p.dim() > len(self.shapes[k])}
         return [own | phi for phi in trajectory] if own else trajectory

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metalearn.episode import Params
 from metalearn.ops import Normalization, linear
-from metalearn.random import Key
+from metalearn.parameters import Drawn
 
 OnSite = Callable[[Tensor, str], Tensor]
 """Called with the activations `[B, n, ...]` and the name of each site that is reached."""
@@ -27,6 +27,10 @@ class Stage(nn.Module, ABC):
     """Shape of one example after this stage."""
     normalizes: bool = False
     """Whether the stage has a batch-norm layer, `<name>.norm`."""
+    affine: tuple[str, str] | None = None
+    """Names of weight and bias of the affine map, of `shape[0]` channels, that the stage's non-linearity follows: its
+    batch norm's scale and offset, or those of its linear map. `apply_stage` uses batch norm's and biases of these names
+    whether the module has them or not. None for a stage without such a map."""
 
     @property
     def width(self) -> int:
@@ -44,6 +48,7 @@ class Linear(Stage):
     def __init__(self, name: str, inputs: int, outputs: int):
         super().__init__()
         self.name, self.shape = name, (outputs,)
+        self.affine = (f"{name}.weight", f"{name}.bias")
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
 
@@ -51,16 +56,18 @@ class Linear(Stage):
         return linear(h, params[f"{self.name}.weight"], params[f"{self.name}.bias"])
 
 
-class Backbone(nn.Module):
+class Backbone(Drawn):
     """A chain of stages; a *site* is the place after a stage (`input` is before the first).
 
     Args:
         stages: in order; the last one may be called `head`, and the site before it is `feat`.
+        input_shape: shape of one example; empty where nobody asks for it.
         bn_affine_inner: whether inner loops adapt the batch-norm scale and offset (they are always meta-learned).
     """
 
-    def __init__(self, stages: list[Stage], *, bn_affine_inner: bool = True):
+    def __init__(self, stages: list[Stage], *, input_shape: tuple[int, ...] = (), bn_affine_inner: bool = True):
         super().__init__()
+        self.input_shape = tuple(input_shape)
         for stage in stages:
             self.add_module(stage.name, stage)
         self.stages = [stage.name for stage in stages]
@@ -135,22 +142,6 @@ class Backbone(nn.Module):
             if on_site is not None:
                 h = on_site(h, name)
         return h
-
-    def reset(self, key: Key) -> None:
-        """Draw the initial parameters; each depends on the key and its own name alone."""
-        for name, parameter in self.named_parameters():
-            generator = torch.Generator().manual_seed(key.sub(name).integer())
-            with torch.no_grad():
-                self.initialize(name, parameter, generator)
-
-    def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Default: Xavier-uniform weights, zero biases and offsets, unit scales."""
-        if name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        elif parameter.dim() < 2:
-            parameter.zero_()
-        else:
-            nn.init.xavier_uniform_(parameter, generator=generator)
 
     def activation_bytes(self, n: int) -> int:
         """Bytes of the stages' largest activations for `n` examples of a task: the unit in which tasks are chunked."""

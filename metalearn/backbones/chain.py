@@ -54,12 +54,12 @@ class Link(Stage):
 class _Linear(Link):
     def __init__(self, prefix: str, layer: nn.Linear):
         super().__init__((layer.out_features,))
-        self.weight, self.bias = _at(prefix, "weight"), _at(prefix, "bias")
+        self.affine = self.weight, self.bias = _at(prefix, "weight"), _at(prefix, "bias")
         self.uses = _names(prefix, layer)
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         weight = params[self.weight]
-        bias = params[self.bias] if self.bias in self.uses else weight.new_zeros(weight.shape[-2])
+        bias = params[self.bias] if self.bias in params else weight.new_zeros(weight.shape[-2])
         return self.then(linear(h, weight, bias))
 
 
@@ -77,6 +77,7 @@ class _Conv(Link):
             self.uses |= _names(self.norm, normalizer)
             self.eps = float(normalizer.eps)  # type: ignore[arg-type]
         self.normalizes = bool(self.norm)
+        self.affine = _at(self.norm or prefix, "weight"), _at(self.norm or prefix, "bias")
         self.full = self.shape
         self.relu = bool(rest) and type(rest[0][1]) is nn.ReLU
         if self.relu:

@@ -54,6 +54,9 @@ class Block(Stage):
         if bn:
             self.norm = _Affine(width, affine)
         self.normalizes = bn
+        self.affine = (
+            (f"{name}.norm.weight", f"{name}.norm.bias") if bn else (f"{name}.conv.weight", f"{name}.conv.bias")
+        )
         halve = (lambda s: (s + 1) // 2) if self.stride == 2 else (lambda s: s // 2)
         self.shape = (width, halve(shape[1]), halve(shape[2]))
 
@@ -98,7 +101,8 @@ class Conv4(Backbone):
     Args:
         input_shape: (channels, height, width) of a picture.
         outputs: width of the prediction; 0 leaves the head off.
-        width: filters in every block.
+        width: filters of the first block.
+        growth: factor by which their number grows from block to block.
         blocks: number of blocks.
         downsample: `maxpool` (2x2, floor) or `stride` (2).
         readout: `flatten`, or `mean` over the remaining pixels.
@@ -116,6 +120,7 @@ class Conv4(Backbone):
         input_shape: tuple[int, ...],
         outputs: int,
         width: int = 64,
+        growth: int = 1,
         blocks: int = 4,
         downsample: Literal["maxpool", "stride"] = "maxpool",
         readout: Literal["flatten", "mean"] = "flatten",
@@ -128,9 +133,9 @@ class Conv4(Backbone):
     ):
         stages: list[Stage] = []
         shape = input_shape
-        block = partial(Block, width=width, downsample=downsample, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
+        block = partial(Block, downsample=downsample, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
         for i in range(blocks):
-            stages.append(block(f"block{i + 1}", shape))
+            stages.append(block(f"block{i + 1}", shape, width * growth**i))
             shape = stages[-1].shape
         if 0 in shape:
             raise ValueError(
@@ -139,7 +144,7 @@ class Conv4(Backbone):
         stages.append(_Readout(shape, readout))
         if outputs:
             stages.append(Linear("head", stages[-1].shape[0], outputs))
-        super().__init__(stages, bn_affine_inner=bn_affine_inner)
+        super().__init__(stages, input_shape=input_shape, bn_affine_inner=bn_affine_inner)
         self.head_init = head_init
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

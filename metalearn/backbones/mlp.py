@@ -1,5 +1,6 @@
 """Multi-layer perceptron (Finn et al. 2017 use 1-40-40-1 with ReLU for the sinusoid)."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -9,10 +10,12 @@ from metalearn.backbones.base import Backbone, Linear, Stage
 from metalearn.episode import Params
 from metalearn.ops import Normalization
 
-ACTIVATIONS = {"relu": torch.relu, "tanh": torch.tanh}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": torch.relu, "tanh": torch.tanh, "none": lambda h: h}
 
 
-class _Hidden(Linear):
+class Hidden(Linear):
+    """Affine map of the flattened input, and a non-linearity (a key of `ACTIVATIONS`)."""
+
     def __init__(self, name: str, inputs: int, outputs: int, activation: str):
         super().__init__(name, inputs, outputs)
         self.activation = ACTIVATIONS[activation]
@@ -54,11 +57,11 @@ class MLP(Backbone):
         init: Literal["torch", "truncated_normal"] = "torch",
     ):
         widths = [int(torch.Size(input_shape).numel()), *hidden]
-        stages: list[Stage] = [_Hidden(f"h{i + 1}", widths[i], widths[i + 1], activation) for i in range(len(hidden))]
+        stages: list[Stage] = [Hidden(f"h{i + 1}", widths[i], widths[i + 1], activation) for i in range(len(hidden))]
         stages.append(_Features(widths[-1]))
         if outputs:
             stages.append(Linear("head", widths[-1], outputs))
-        super().__init__(stages)
+        super().__init__(stages, input_shape=input_shape)
         self.init = init
 
     def initialize(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

@@ -59,7 +59,7 @@ class Module(Backbone):
         arguments: dict[str, Any] | None = None,
         init: Literal["keep", "xavier"] = "keep",
     ):
-        super().__init__([])
+        super().__init__([], input_shape=input_shape)
         self.factory, self.init = factory, init
         self.make = _Factory(factory, {"input_shape": tuple(input_shape), "outputs": outputs, **(arguments or {})})
         module = self.make(0)

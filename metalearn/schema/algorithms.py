@@ -88,6 +88,7 @@ class MAML(InnerLoop):
 
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
+    inner_clip: float | None = key(None, "bound on each entry of an inner gradient; null for none", gt=0)
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:

@@ -44,7 +44,8 @@ class Conv4:
     epoch: ClassVar[int] = 1
 
     name: str = key("", "name in tables and logs", touches="none")
-    width: int = key(64, "filters of every block", ge=1)
+    width: int = key(64, "filters of the first block", ge=1)
+    growth: int = key(1, "factor by which the number of filters grows from block to block", ge=1, le=4)
     blocks: int = key(4, "number of blocks; each halves the picture", ge=1)
     downsample: str = key("maxpool", "how a block halves the picture", choices=("maxpool", "stride"))
     readout: str = key(
