@@ -8,7 +8,7 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import IMAML, MAML, MatchingNet, MetaSGD, ProtoNet, Reptile
+from metalearn.algorithms import HSML, IMAML, MAML, MMAML, MatchingNet, MetaSGD, ProtoNet, Reptile
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -25,6 +25,15 @@ OFFICIAL: dict[str, Any] = {
     "cg_damping": 1.0,
     "lam_damping": 10.0,
 }
+GATED: dict[str, Any] = {
+    **STEPS,
+    "hidden": 2,
+    "tree": [2, 2, 1],
+    "example_filters": 1,
+    "example_widths": [2],
+    "xi": 0.1,
+}
+MODULATED: dict[str, Any] = {**STEPS, "hidden": 2, "example_filters": 1, "inner_clip": 0.01}
 SITES = ["input", "block1", "block2", "feat", "head"]
 
 
@@ -76,6 +85,8 @@ ALGORITHMS = [
     Row("imaml", IMAML, {**STEPS, "lam": 2.0}),
     Row("imaml_official", IMAML, {**STEPS, **OFFICIAL}),
     Row("imaml_head", IMAML, {**STEPS, "lam": 0.5, "adapted": "head"}, passes=([*SITES, "head"], SITES)),
+    Row("hsml", HSML, GATED, exact=True),
+    Row("mmaml", MMAML, MODULATED, exact=True),
     Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet", MatchingNet, {"scale": 10.0}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet_sum", MatchingNet, {"attention": "sum_cos"}, static=True, exact=True, passes=([], SITES[:-1])),

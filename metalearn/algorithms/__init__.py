@@ -1,10 +1,12 @@
 """Meta-algorithms, one file each."""
 
+from metalearn.algorithms.hsml import HSML
 from metalearn.algorithms.imaml import IMAML
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.matchingnet import MatchingNet
 from metalearn.algorithms.meta_sgd import MetaSGD
+from metalearn.algorithms.mmaml import MMAML
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
 
-__all__ = ["IMAML", "MAML", "MatchingNet", "MetaSGD", "ProtoNet", "Reptile"]
+__all__ = ["HSML", "IMAML", "MAML", "MMAML", "MatchingNet", "MetaSGD", "ProtoNet", "Reptile"]

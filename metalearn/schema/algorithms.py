@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from metalearn.schema.groups import BN_MODES
-from metalearn.schema.keys import fields_of, key
+from metalearn.schema.keys import fields_of, key, show
 
 Config = dict[str, Any]
 
@@ -151,6 +151,50 @@ class MetaSGD(MAML):
 
 
 @dataclass
+class HSML(MAML):
+    """metalearn.algorithms.HSML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.HSML"
+    displaces: ClassVar[bool] = False
+
+    hidden: int = key(128, "width of the task embedding and of all clusters' values", ge=1)
+    tree: list[int] = key([4, 2, 1], "clusters of each layer, from the leaves to the root", ge=1)
+    sigma: float = key(10.0, "softness s of the leaves: their weights are the softmax of -|g - mu|^2 / (2 s)", gt=0)
+    encoder: str = key(
+        "rnn", "task embedding: a GRU autoencoder, or one that ignores the order of examples", choices=("rnn", "mean")
+    )
+    embedded: int | None = key(
+        None, "support examples that the task embedding sees, one of each class after another; null for all", ge=1
+    )
+    xi: float = key(0.01, "weight of the autoencoder's reconstruction error in the outer loss", ge=0)
+    gate_bias: float = key(0.0, "initial bias of the gates: 0 halves every weight at first, 2 keeps 0.88 of it")
+    example_filters: int = key(32, "filters of the two convolutions that embed a picture", ge=1)
+    example_widths: list[int] = key([384, 64], "widths of the dense layers that embed an example", ge=1)
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        if len(algorithm["tree"]) < 2 or algorithm["tree"][-1] != 1:
+            yield f"algorithm.tree={show(algorithm['tree'])}: must have at least two layers, and end with the root, 1"
+        if not algorithm["example_widths"]:
+            yield "algorithm.example_widths=[]: must have at least one layer"
+
+
+@dataclass
+class MMAML(MAML):
+    """metalearn.algorithms.MMAML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MMAML"
+
+    hidden: int = key(128, "width of the task embedding (of each direction for rnn)", ge=1)
+    encoder: str = key(
+        "mean", "over the support set: mean of its examples' embeddings, or two GRUs", choices=("mean", "rnn")
+    )
+    inner_clip: float | None = key(20.0, "bound on each entry of an inner gradient; null for none", gt=0)
+    example_filters: int = key(32, "filters of the first of the convolutions that embed a picture", ge=1)
+
+
+@dataclass
 class Reptile(InnerLoop):
     """metalearn.algorithms.Reptile."""
 
@@ -204,4 +248,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, Reptile, ProtoNet, MatchingNet, IMAML)
+ALGORITHMS = (MAML, MetaSGD, HSML, MMAML, Reptile, ProtoNet, MatchingNet, IMAML)
