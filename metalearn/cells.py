@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.paths import conf_dir
-from metalearn.schema import GROUPS, MEMBERS, BadInput, Key, fields_of, member_of, nearest, register, validate
+from metalearn.schema import GROUPS, MEMBERS, BadInput, Key, fields_of, member_of, nearest, register, sections, validate
 from metalearn.schema.groups import Run
 from metalearn.schema.registry import SINGLE
 
@@ -186,6 +186,7 @@ class _composer:
         _search_path.clear()
         _search_path.extend(self.dirs)
         _base.cache_clear()
+        _dataset.cache_clear()
 
     def __exit__(self, *_: object) -> None:
         GlobalHydra.instance().clear()
@@ -251,7 +252,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, s
         if not sweep or name.split(".")[0] not in GROUPS:
             raise BadInput(_no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
-    config = validate(_resolve(base, assignments), complete=to_run)
+    config = validate(_composed(_resolve(base, assignments)), complete=to_run)
     return _named((*groups, *assignments), config, to_run), dropped
 
 
@@ -301,10 +302,27 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
     return {str(k): v for k, v in plain.items() if k not in ("grid", "hydra")}
 
 
-def from_composed(config: DictConfig) -> Cell:
-    """The cell of a configuration that Hydra composed (as in a launcher's job)."""
-    plain = validate(_resolve(config, ()))
-    return _named((), plain)
+def _composed(config: Config) -> Config:
+    """The configuration with the sections that one of its members takes from further yaml files."""
+    dataset = config["dataset"]
+    return config | {"dataset": member_of("dataset", dataset).composed(dataset, _dataset)}
+
+
+@lru_cache(maxsize=64)
+def _dataset(name: str, key: str) -> Config:
+    """The section of a data set as its yaml file has it, not to be changed; `key` is what names it."""
+    known = members("dataset", _search_path)
+    if name not in known:
+        raise BadInput(f"{key}: no dataset '{name}'{nearest(name, known)}")
+    section = OmegaConf.to_container(_compose((f"dataset={name}",)).dataset, resolve=True)
+    assert isinstance(section, dict)
+    return {str(k): v for k, v in section.items()}
+
+
+def from_composed(config: DictConfig, config_dirs: Sequence[str] = ()) -> Cell:
+    """The cell of a configuration that Hydra composed (as in a launcher's job), with its folders of further groups."""
+    with _composer(config_dirs):
+        return _named((), validate(_composed(_resolve(config, ()))))
 
 
 # ---- names -------------------------------------------------------------------------------------------------------
@@ -316,8 +334,8 @@ def _data_hash(config: Config) -> str:
 
 def _contents(config: Config) -> dict[str, str]:
     """Content hashes of the source files that a run's factories lie in."""
-    found = {group: member_of(group, config[group]) for group in MEMBERS}
-    return {f"{g}.content": schema.content(config[g]) for g, schema in found.items() if hasattr(schema, "content")}
+    found = [(path, member_of(group, section), section) for path, group, section in sections(config)]
+    return {f"{path}.content": schema.content(section) for path, schema, section in found if hasattr(schema, "content")}
 
 
 def _named(overrides: Sequence[str], config: Config, to_run: bool = True) -> Cell:
@@ -336,14 +354,14 @@ def identity(config: Config, data_hash: str, contents: dict[str, str] | None = N
     found["train"] |= contents or {}
     for name, field in fields_of(Run).items():
         _note(found, name, field.key, config[name], field.default)
-    for group in GROUPS:
-        schema, section = member_of(group, config[group]), config[group]
+    for path, group, section in sections(config):
+        schema = member_of(group, section)
         if "_target_" in section:
-            found["train"][f"{group}._target_"] = section["_target_"]
-        found["train"][f"{group}.epoch"] = schema.epoch
+            found["train"][f"{path}._target_"] = section["_target_"]
+        found["train"][f"{path}.epoch"] = schema.epoch
         for name, field in fields_of(schema).items():
-            if name != "root":
-                _note(found, f"{group}.{name}", field.key, section[name], field.default)
+            if name != "root" and not field.key.sections:
+                _note(found, f"{path}.{name}", field.key, section[name], field.default)
     return found["train"], found["test"]
 
 

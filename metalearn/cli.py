@@ -114,7 +114,8 @@ def _hydra(arguments: list[str]) -> int:
 
 def _task(config: DictConfig) -> str | None:
     """Hydra's task function: run the cell that a composed configuration means."""
-    cell = cells.from_composed(config)
+    sources = HydraConfig.get().runtime.config_sources
+    cell = cells.from_composed(config, [s.path for s in sources if s.schema == "file" and s.provider != "main"])
     sys.argv[1:] = [*FLAGS, *HydraConfig.get().overrides.task]  # Lightning's further processes repeat the command
     directory = CellDir(cell.config["output_dir"], cell.cell_id)
     leader = leads()

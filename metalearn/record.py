@@ -82,13 +82,22 @@ def protocol(cell: Cell, learner: MetaLearner, recorder: Recorder, headline: str
 def episodes_id(cell: Cell) -> str:
     """Names the frozen test episodes: equal ids mean equal episodes, index by index (12 hex digits)."""
     section = cell.config["dataset"]
+    sizes = {k: section.get(f"test_{k}") or section.get(k) for k in ("way", "shot", "queries")}
+    what = [section["_target_"], cell.data_hash, _drawn_from(section), sizes, cell.config["evaluation"]["seed"], "test"]
+    return config_hash(what)[:12]
+
+
+def _drawn_from(section: Config) -> Config:
+    """The keys of a data set that its frozen episodes depend on, besides sizes and contents."""
     schema = member_of("dataset", section)
     skip = ("way", "shot", "queries", "test_way", "test_shot", "test_queries", "root", *schema.training_only)
-    fields = fields_of(schema)
-    kept = {k: section[k] for k, f in fields.items() if k not in skip and f.key.touches != "none"}
-    sizes = {k: section.get(f"test_{k}") or section.get(k) for k in ("way", "shot", "queries")}
-    what = [section["_target_"], cell.data_hash, kept, sizes, cell.config["evaluation"]["seed"], "test"]
-    return config_hash(what)[:12]
+    kept: Config = {}
+    for name, field in fields_of(schema).items():
+        if field.key.sections:
+            kept[name] = {label: [part["_target_"], _drawn_from(part)] for label, part in section[name].items()}
+        elif name not in skip and field.key.touches != "none":
+            kept[name] = section[name]
+    return kept
 
 
 def versions(dataset: Config) -> dict[str, str]:

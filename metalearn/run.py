@@ -31,6 +31,7 @@ from metalearn.ledger import (
 )
 from metalearn.loggers import build_logger, close
 from metalearn.memory import keep_freed_memory
+from metalearn.objects import NOT_ARGUMENTS, build
 from metalearn.ops.conv import multiply_in
 from metalearn.outer import outer_rule
 from metalearn.record import git_state, result_of
@@ -38,14 +39,6 @@ from metalearn.schema import BadInput
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
-NOT_ARGUMENTS = ("_target_", "name", "bn_modes", "outer", "outer_vector", "outer_clip", "outer_drop")
-
-
-def build(group: str, section: Config, **more: Any) -> Any:
-    """The object that a group's section describes."""
-    module, name = section["_target_"].rsplit(".", 1)
-    arguments = {k: v for k, v in section.items() if k not in NOT_ARGUMENTS}
-    return getattr(import_module(module), name)(**arguments, **more)
 
 
 def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
@@ -246,4 +239,4 @@ def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger
     write_json(directory.path / "result.json", result)
 
 
-__all__ = ["build", "build_learner", "build_logger", "build_trainer", "fit", "run"]
+__all__ = ["NOT_ARGUMENTS", "build", "build_learner", "build_logger", "build_trainer", "fit", "run"]

@@ -23,6 +23,8 @@ def one_thread():
 def compose_once():
     """Keep compositions between calls of `expand`, for modules in which conf/ does not change."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cells._base, "cache_clear", lambda: None)
+        for kept in (cells._base, cells._dataset):
+            patch.setattr(kept, "cache_clear", lambda: None)
         yield
     cells._base.cache_clear()
+    cells._dataset.cache_clear()

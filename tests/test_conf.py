@@ -66,6 +66,8 @@ def legal(group: str, name: str) -> list[str]:
         return [f"dataset={name}", "backbone=mlp"]
     if (group, name) == ("backbone", "module"):
         return [f"backbone={name}", "backbone.factory=test_module:flat"]
+    if (group, name) == ("dataset", "mixture"):
+        return ["dataset=mixture", "dataset.members=[glyphs,group_glyphs]"]
     return [f"{group}={name}"]
 
 

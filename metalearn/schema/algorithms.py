@@ -76,7 +76,8 @@ class InnerLoop(Algorithm):
         from metalearn.schema.registry import member_of
 
         yield from super().problems(algorithm, run)
-        if algorithm["inner_loss_reduction"] != "mean" and member_of("dataset", run["dataset"]).kind == "regression":
+        kind = member_of("dataset", run["dataset"]).kind_of(run["dataset"])
+        if algorithm["inner_loss_reduction"] != "mean" and kind == "regression":
             yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
 
 

@@ -1,6 +1,6 @@
 """Keys of the data sets, and what is known of them without loading anything."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from zipfile import BadZipFile
@@ -22,6 +22,21 @@ class Dataset:
 
     name: str = key("", "name in tables and logs", touches="none")
     seed: int = key(0, "seed of what the data set itself draws: splits, label groups, renderings", ge=0, lt=2**31)
+
+    @classmethod
+    def composed(cls, dataset: Config, compose: Callable[[str, str], Config]) -> Config:
+        """The section with what other yaml files hold for it; `compose` reads the section of a data set (`Mixture`)."""
+        return dataset
+
+    @classmethod
+    def is_known(cls, dataset: Config) -> bool:
+        """Whether enough is given to tell what it is; only a run that is not to be started may lack it."""
+        return True
+
+    @classmethod
+    def kind_of(cls, dataset: Config) -> str:
+        """Classification or regression."""
+        return cls.kind
 
     @classmethod
     def problems(cls, dataset: Config) -> Iterator[str]:
@@ -192,7 +207,7 @@ class Appearances(ImageDataset):
     @classmethod
     def problems(cls, dataset: Config) -> Iterator[str]:
         yield from super().problems(dataset)
-        yield from _not_a_set("dataset.groups", dataset["groups"], "appearance")
+        yield from not_a_set("dataset.groups", dataset["groups"], "appearance")
         if not dataset.get("invert", True):
             yield "dataset.invert=false: must be true, because appearances are made of bright ink"
 
@@ -362,14 +377,14 @@ class GroupRegression(Dataset):
 
     @classmethod
     def problems(cls, dataset: Config) -> Iterator[str]:
-        yield from _not_a_set("dataset.families", dataset["families"], "family")
+        yield from not_a_set("dataset.families", dataset["families"], "family")
 
     @classmethod
     def data_hash(cls, dataset: Config) -> str:
         return "formula"
 
 
-def _not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
+def not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
     """Why these are no choice of groups."""
     if not names or len(set(names)) < len(names):
         yield f"{path}={show(names)}: must name at least one {what}, and none twice"

@@ -27,6 +27,7 @@ class Key:
         length: exact length of a list.
         first_touches: what the first item of a list touches, where that differs.
         required: no default; must be given.
+        sections: the group whose members' sections a mapping holds, by names that the user gives.
     """
 
     doc: str
@@ -39,6 +40,7 @@ class Key:
     length: int | None = None
     first_touches: Touches | None = None
     required: bool = False
+    sections: str | None = None
 
     def bound(self) -> str:
         """The allowed range in words."""

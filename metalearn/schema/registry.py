@@ -1,18 +1,19 @@
 """Which schema belongs to which `_target_`, and how Hydra gets the defaults."""
 
 import dataclasses
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from metalearn.schema import algorithms, datasets, groups, own_data, parts
+from metalearn.schema import algorithms, datasets, groups, mixture, own_data, parts
 from metalearn.schema.keys import BadInput, fields_of
 
 MEMBERS: dict[str, dict[str, type]] = {
     "algorithm": {s.target: s for s in algorithms.ALGORITHMS},
-    "dataset": {s.target: s for s in (*datasets.DATASETS, *own_data.DATASETS)},
+    "dataset": {s.target: s for s in (*datasets.DATASETS, *own_data.DATASETS, *mixture.DATASETS)},
     "sampler": {s.target: s for s in parts.SAMPLERS},
     "backbone": {s.target: s for s in parts.BACKBONES},
     "regularizer": {s.target: s for s in parts.REGULARIZERS},
@@ -34,6 +35,20 @@ def member_of(group: str, config: dict[str, Any]) -> Any:
     if target not in MEMBERS[group]:
         raise BadInput(f"{group}._target_={target}: must be one of {', '.join(MEMBERS[group])}")
     return MEMBERS[group][target]
+
+
+def sections(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Path, group and content of all members' sections of a run, those inside others included."""
+    for group in GROUPS:
+        yield from _within(group, group, config[group])
+
+
+def _within(path: str, group: str, section: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    yield path, group, section
+    for name, field in fields_of(member_of(group, section)).items():
+        if field.key.sections:
+            for label, part in section[name].items():
+                yield from _within(f"{path}.{name}.{label}", field.key.sections, part)
 
 
 @cache

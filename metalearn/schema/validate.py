@@ -22,13 +22,17 @@ def validate(config: Config, *, complete: bool = True) -> Config:
     """
     out: Config = _section("", fields_of(Run), {k: v for k, v in config.items() if k not in GROUPS}, complete)
     for group in GROUPS:
-        schema = member_of(group, config[group])
-        section = {k: v for k, v in config[group].items() if k != "_target_"}
-        target = {"_target_": schema.target} if hasattr(schema, "target") else {}
-        out[group] = target | _section(f"{group}.", fields_of(schema), section, complete)
+        out[group] = _member(f"{group}.", group, config[group], complete)
     for problem in _combinations(out):
         raise BadInput(problem)
     return out
+
+
+def _member(prefix: str, group: str, section: Config, complete: bool) -> Config:
+    """A member's section, in which every key has a value of its type, its `_target_` first."""
+    schema = member_of(group, section)
+    target = {"_target_": schema.target} if hasattr(schema, "target") else {}
+    return target | _section(prefix, fields_of(schema), {k: v for k, v in section.items() if k != "_target_"}, complete)
 
 
 def _section(prefix: str, fields: dict[str, Field], values: Config, complete: bool) -> Config:
@@ -39,6 +43,9 @@ def _section(prefix: str, fields: dict[str, Field], values: Config, complete: bo
     for name, field in fields.items():
         value = values.get(name, field.default)
         out[name] = value if field.lacks(value) and not complete else field.check(prefix + name, value)
+        if group := field.key.sections:
+            parts = out[name].items()
+            out[name] = {label: _member(f"{prefix}{name}.{label}.", group, part, complete) for label, part in parts}
     return out
 
 
@@ -47,11 +54,14 @@ def _combinations(run: Config) -> Iterator[str]:
     algorithm, dataset = member_of("algorithm", run["algorithm"]), member_of("dataset", run["dataset"])
     backbone = member_of("backbone", run["backbone"])
     name, source = run["algorithm"]["name"], run["dataset"]["name"]
-    if dataset.kind not in algorithm.kinds:
-        yield f"algorithm={name}: only for {' and '.join(algorithm.kinds)}, and dataset={source} is {dataset.kind}"
+    if not dataset.is_known(run["dataset"]):
+        return
+    yield from dataset.problems(run["dataset"])
+    kind = dataset.kind_of(run["dataset"])
+    if kind not in algorithm.kinds:
+        yield f"algorithm={name}: only for {' and '.join(algorithm.kinds)}, and dataset={source} is {kind}"
     if dataset.side_known(run["dataset"]):
         yield from backbone.problems(run["backbone"], dataset.side(run["dataset"]))
-    yield from dataset.problems(run["dataset"])
     yield from algorithm.problems(run["algorithm"], run)
     test_way = run["dataset"].get("test_way")
     if algorithm.needs_head and test_way not in (None, run["dataset"].get("way")):
