@@ -88,6 +88,25 @@ class GRU(Drawn):
         return torch.cat(states, 1)
 
 
+def lstm_step(params: Params, x: Tensor, h: Tensor, c: Tensor, suffix: str = "") -> tuple[Tensor, Tensor]:
+    """State and cell `[B, n, hidden]` after inputs `[B, n, inputs]`; parameters as `nn.LSTM` and `nn.LSTMCell` have."""
+    gates = linear(x, params[f"weight_ih{suffix}"], params[f"bias_ih{suffix}"])
+    gates = gates + linear(h, params[f"weight_hh{suffix}"], params[f"bias_hh{suffix}"])
+    i, f, g, o = gates.chunk(4, -1)
+    c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(c), c
+
+
+def lstm(params: Params, x: Tensor, suffix: str) -> Tensor:
+    """The states `[B, n, hidden]` after each input of `[B, n, inputs]`, from zero."""
+    h = c = x.new_zeros(len(x), 1, params[f"weight_hh{suffix}"].shape[-1])
+    states = []
+    for t in range(x.shape[1]):
+        h, c = lstm_step(params, x[:, t : t + 1], h, c, suffix)
+        states.append(h)
+    return torch.cat(states, 1)
+
+
 class RecurrentAutoencoder(Drawn):
     """g is the mean of a GRU's states; a second one, from the last state, gives the sequence back, last example first.
 

@@ -83,6 +83,19 @@ def test_chunks_change_nothing(case, fits):
 
 
 @each(CASES)
+def test_no_parameters_are_put_into_modules(case, monkeypatch):
+    """Chunks run at the same time on threads: a module that held one's parameters would lend them to the others."""
+    learner, batch = create(case), meta_batch(tasks_for(case))
+
+    def refuse(*arguments: Any, **more: Any) -> None:
+        raise AssertionError("functional_call on a module that threads share")
+
+    monkeypatch.setattr(torch.nn.utils.stateless, "_reparametrize_module", refuse)
+    meta_gradient(learner, batch)
+    every_score(learner, batch)
+
+
+@each(CASES)
 def test_task_order_changes_nothing(case):
     """Of serial Reptile it changes everything: each task starts where the one before ended."""
     ends = []

@@ -80,6 +80,15 @@ def sigmoid_gates(x: Tensor, h: Tensor, c: Tensor, params: dict[str, Tensor], su
     return o.sigmoid() * c.tanh(), c
 
 
+def test_context_is_the_librarys_lstm():
+    """Its bidirectional one over the support set."""
+    given = learner(context=True)
+    expected = given.support_lstm(SUPPORT)[0].chunk(2, -1)
+    assert_close(
+        given.support_in_context(dict(given.support_lstm.named_parameters()), SUPPORT), SUPPORT + sum(expected)
+    )
+
+
 def test_context_embeddings_are_a_plain_loop():
     """Appendix A: one sequence and one query at a time."""
     given = learner(context=True)

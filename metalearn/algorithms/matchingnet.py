@@ -5,9 +5,9 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metalearn.algorithms.metric import Metric
+from metalearn.embedding import lstm, lstm_step
 from metalearn.episode import Params, Theta
 from metalearn.random import Key
 
@@ -55,8 +55,7 @@ class MatchingNet(Metric):
     ):
         super().__init__(**learner)
         self.attention, self.scale, self.reads, self.has_context = attention, scale, reads, context
-        self.stacks = not context  # type: ignore[misc]  # a library LSTM has no task axis in its weights
-        if context:
+        if context:  # the library's modules hold the parameters, and are not called: threads share them
             width = self.net.stage("feat").shape[0]
             self.support_lstm = nn.LSTM(width, width, bidirectional=True, batch_first=True)
             self.query_lstm = nn.LSTMCell(2 * width, width)
@@ -73,22 +72,19 @@ class MatchingNet(Metric):
 
     def support_in_context(self, params: Params, z: Tensor) -> Tensor:
         """g(x_j) = g'(x_j) + forward h_j + backward h_j, `[B, S, D]`."""
-        forward, backward = functional_call(self.support_lstm, params, (z,))[0].chunk(2, -1)
-        return z + forward + backward
+        return z + lstm(params, z, "_l0") + lstm(params, z.flip(1), "_l0_reverse").flip(1)
 
     def query_in_context(self, params: Params, z: Tensor, support: Tensor) -> Tensor:
         """h_k = LSTM([f'(x), r_{k-1}], h_{k-1}) + f'(x), r_k = sum_j softmax_j(h_k g_j) g_j; h_K, `[B, n, D]`.
 
         The read r enters with the input; in the paper it is concatenated to h, which is the same linear map.
         """
-        f = z.flatten(0, 1)
-        h, c, r = f, torch.zeros_like(f), support.mean(1, keepdim=True).expand_as(z).flatten(0, 1)
+        h, c, r = z, torch.zeros_like(z), support.mean(1, keepdim=True).expand_as(z)
         for _ in range(self.reads):
-            h, c = functional_call(self.query_lstm, params, (torch.cat([f, r], -1), (h, c)))
-            h = h + f
-            weights = (h.unflatten(0, z.shape[:2]) @ support.mT).softmax(-1)
-            r = (weights @ support).flatten(0, 1)
-        return h.unflatten(0, z.shape[:2])
+            h, c = lstm_step(params, torch.cat([z, r], -1), h, c)
+            h = h + z
+            r = (h @ support.mT).softmax(-1) @ support
+        return h
 
     def initialize(self, seed: int) -> None:
         """The LSTMs' weights are uniform in +- 1 / sqrt(D), PyTorch's default."""
