@@ -32,12 +32,14 @@ help: ## List the targets and the variables
 setup: $(STAMP) ## Create .venv and install everything, if pyproject.toml or constraints.txt changed
 	@:
 
+# torchmeta comes without what it asks for, because that would replace torch (see pyproject.toml).
 # The stamp is written last: an installation that failed or was interrupted is done again by the next call.
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a minute or more)"
 	@$(BIN)/python -c "import pip" 2>/dev/null || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH)
 	@$(PIP) -e ".[test]"
+	@$(PIP) --no-deps torchmeta h5py ordered-set
 	@touch $@
 
 train: $(STAMP) ## One run: make train ARGS="algorithm=maml seed=3"

@@ -6,8 +6,12 @@ SC 2011), written in 64-bit integer tensor operations, so the words are the same
 
 import hashlib
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -146,3 +150,26 @@ class TaskKey:
         """`[B, count, n]` int64: `count` independent random orders of 0..n-1 for each task."""
         which = torch.arange(count, device=self.step.device)
         return self.key.permutation(n, self.step[:, None], self.task[:, None], which)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators for a block of somebody else's code, and leave them as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        reseed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def reseed(seed: int) -> None:
+    """Seed the global generators of torch, NumPy and Python (within `seeded`)."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    random.seed(seed)

@@ -43,6 +43,9 @@ def places(tmp_path_factory):
             "fc100": cifar,
             "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
             "arrays": [f"dataset.root={own_data.classes(folder / 'x.npz', classes=30, count=20, shape=(3, 16, 12))}"],
+            "torchmeta_regression": ["dataset.factory=test_torchmeta:lines", "dataset.shot=1", "dataset.queries=2"],
+            "torchmeta_tasks": ["dataset.factory=test_torchmeta:blobs", "dataset.way=3"],
+            "torchmeta_classes": ["dataset.factory=test_torchmeta:levels", "dataset.way=2", "dataset.queries=2"],
             "arrays_regression": [f"dataset.root={own_data.lines(folder / 'y.npz', tasks=20, count=10)}"],
         }
 
@@ -62,7 +65,7 @@ def legal(group: str, name: str) -> list[str]:
         return [f"dataset={dataset}", f"algorithm={name.removeprefix(f'{dataset}_')}"]
     if group == "backbone" and name.startswith("mlp"):
         return [f"backbone={name}", "dataset=sinusoid"]
-    if name == "arrays_regression":
+    if name == "arrays_regression" or name.startswith("torchmeta_"):
         return [f"dataset={name}", "backbone=mlp"]
     if (group, name) == ("backbone", "module"):
         return [f"backbone={name}", "backbone.factory=test_module:flat"]

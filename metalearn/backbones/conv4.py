@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from metalearn.backbones.base import Backbone, Linear, Stage
 from metalearn.episode import Params
 from metalearn.ops import Normalization, conv2d, max_pool, norm_relu_pool, stem
+from metalearn.schema import BadInput
 
 
 class _Affine(nn.Module):
@@ -131,8 +132,10 @@ class Conv4(Backbone):
         conv_bias: bool = True,
         head_init: Literal["xavier", "normal"] = "xavier",
     ):
+        if len(input_shape) != 3:
+            raise BadInput(f"backbone=conv4: needs pictures, and examples have the shape {tuple(input_shape)}")
         stages: list[Stage] = []
-        shape = input_shape
+        shape: tuple[int, ...] = input_shape
         block = partial(Block, downsample=downsample, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
         for i in range(blocks):
             stages.append(block(f"block{i + 1}", shape, width * growth**i))

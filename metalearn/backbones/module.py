@@ -18,8 +18,8 @@ from torch.nn.parameter import is_lazy
 from metalearn import factories
 from metalearn.backbones.base import Backbone, Stage
 from metalearn.backbones.chain import Link, Shape, Uncovered, chain
-from metalearn.backbones.plain import Plain, own_copy, plain, seeded
-from metalearn.random import Key
+from metalearn.backbones.plain import Plain, own_copy, plain
+from metalearn.random import Key, seeded
 from metalearn.schema import BadInput
 
 log = logging.getLogger(__name__)

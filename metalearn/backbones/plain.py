@@ -10,8 +10,7 @@ import copy
 import random
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -25,6 +24,7 @@ from metalearn.backbones.chain import Link, Shape
 from metalearn.episode import Params
 from metalearn.factories import describe
 from metalearn.ops import Normalization
+from metalearn.random import seeded
 from metalearn.schema import BadInput
 
 COUPLED = 1e-3
@@ -147,24 +147,6 @@ def _refuse_state(before: nn.Module, after: nn.Module, refusal: Refusal) -> None
     for name, buffer in after.named_buffers():
         if name not in kept or not torch.equal(buffer, kept[name]):
             raise refusal(f"must not change in a forward pass, which changes its buffer '{name}'")
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of torch, NumPy and Python for a block, and leave them as they were."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.default_generator.manual_seed(seed)
-        if devices:
-            torch.cuda.manual_seed_all(seed)
-        np.random.seed(seed % 2**32)  # noqa: NPY002
-        random.seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def generators() -> Any:

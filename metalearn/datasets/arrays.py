@@ -13,23 +13,13 @@ from metalearn.datasets.base import ClassImages, Dataset, Draw, ImageDataset, Sp
 from metalearn.episode import Episode, Examples
 from metalearn.random import Key
 
-BYTE = 255
-"""What 8-bit inputs are divided by; all other numbers are taken as they are."""
-
 
 class _File:
-    """The arrays of one file, as tensors.
-
-    Attributes:
-        input_shape: of one example.
-        scale: what inputs are to be divided by.
-    """
+    """The arrays of one file, as tensors."""
 
     def __init__(self, root: str | Path, kind: Kind, channels_last: bool, fractions: Sequence[float], seed: int):
         self.request, self.channels_last = Request(str(root), kind, tuple(fractions), seed), channels_last
-        header = headers(self.request)["x"]
-        self.input_shape = input_shape(header.shape, channels_last)
-        self.scale = BYTE if header.dtype == np.uint8 else 1
+        self.input_shape = input_shape(headers(self.request)["x"].shape, channels_last)
 
     @property
     def found(self) -> Found:
@@ -41,7 +31,7 @@ class _File:
         x = read(self.request, "x")[rows]
         if self.channels_last and x.ndim == 4:
             x = np.ascontiguousarray(x.transpose(0, 3, 1, 2))
-        kept = torch.from_numpy(x if self.scale == BYTE else x.astype(np.float32))
+        kept = torch.from_numpy(x if x.dtype == np.uint8 else x.astype(np.float32))
         return kept.reshape(len(rows), *self.input_shape)
 
 
@@ -78,7 +68,7 @@ class Arrays(ImageDataset):
     ):
         super().__init__(**episodes)
         self.file = _File(root, "classification", channels_last, fractions, self.seed)
-        self.input_shape, self.scale = self.file.input_shape, self.file.scale
+        self.input_shape = self.file.input_shape
 
     def data_hash(self) -> str:
         """Sixteen hex digits that name the arrays and the division of the classes."""
@@ -181,6 +171,7 @@ class ArraysRegression(Dataset):
         shot, tasks, rows = self._sizes[split][0], self.split(split), draw["rows"].to(self.device)
 
         def examples(part: Tensor) -> Examples:
-            return Examples(tasks.x[part].float().div_(self.file.scale), tasks.y[part])
+            x = tasks.x[part]
+            return Examples(x.float().div_(255) if x.dtype == torch.uint8 else x, tasks.y[part])
 
         return Episode(examples(rows[:, :shot]), examples(rows[:, shot:]), {"task_ids": draw["task_ids"]})

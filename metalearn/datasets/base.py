@@ -21,7 +21,8 @@ Draw = dict[str, Tensor]
 class ClassImages(NamedTuple):
     """The pictures of one split, sorted by class.
 
-    images: uint8 `[M, C, H, W]`, ink or brightness 0..255; or whatever `ImageDataset.scale` makes examples of.
+    images: uint8 `[M, C, H, W]`, ink or brightness 0..255, divided by 255 when fetched; or float32 `[M, *input_shape]`,
+        fetched as they are.
     first: int64 `[classes]`, the row of each class's first picture; sizes: int64 `[classes]`, pictures per class.
     names: one per class, in that order.
     """
@@ -85,13 +86,9 @@ class ImageDataset(Dataset):
             `fixed_label`: training classes are cut once into N groups, and a class from group j always has label j
             (validation and test stay mutually exclusive).
         seed: of everything the data set itself draws (splits, groups, renderings).
-
-    Attributes:
-        scale: what pictures are divided by when they are fetched.
     """
 
     kind = "classification"
-    scale: float = 255
 
     def __init__(
         self,
@@ -171,7 +168,8 @@ class ImageDataset(Dataset):
         rows, images = draw["rows"].to(self.device), self.split(split).images
 
         def examples(part: Tensor) -> Examples:
-            x = images[part.flatten(1)].float().div_(self.scale)
+            x = images[part.flatten(1)]
+            x = x.float().div_(255) if x.dtype == torch.uint8 else x
             y = torch.arange(way, device=self.device).repeat_interleave(part.shape[-1]).expand(len(part), -1)
             return Examples(x, y)
 

@@ -192,4 +192,127 @@ class ArraysRegression(ArrayFile):
     test_queries: int | None = key(None, "query points in validation and test; null means as in training", ge=1)
 
 
-DATASETS = (Folder, Arrays, ArraysRegression)
+@dataclass
+class TorchmetaCurves(Dataset):
+    """metalearn.datasets.torchmeta_adapter.TorchmetaCurves."""
+
+    target: ClassVar[str] = "metalearn.datasets.torchmeta_adapter.TorchmetaCurves"
+    kind: ClassVar[str] = "regression"
+
+    variant: str = key(
+        ..., "class of torchmeta.toy: its law of the curves", choices=("sinusoid", "harmonic", "sinusoid_and_line")
+    )
+    tasks: int | None = key(
+        None, "tasks in each split; null for torchmeta's numbers, 5,000 (harmonic) or a million", ge=1, lt=2**31
+    )
+    noise_std: float = key(0.0, "standard deviation of the noise on all targets, test queries included", ge=0)
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(100, "query points in validation and test; null means as in training", ge=1)
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.torchmeta_package import version
+
+        return f"torchmeta {version(dataset['name'])}"
+
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        from metalearn.datasets.torchmeta_package import versions
+
+        return versions(dataset["name"])
+
+
+class TorchmetaFactory(Dataset):
+    """What data sets share that a function of the user's makes from torchmeta's classes."""
+
+    @classmethod
+    def problems(cls, dataset: Config) -> Iterator[str]:
+        yield from super().problems(dataset)
+        for name in {"meta_split", "way", "shot", "queries", "root"} & dataset["arguments"].keys():
+            value = dataset["arguments"][name]
+            yield f"dataset.arguments.{name}={value}: is given anyway; leave it out (or set dataset.{name})"
+
+    @classmethod
+    def side_known(cls, dataset: Config) -> bool:
+        return False
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        from metalearn.datasets.torchmeta_package import data_hash
+
+        return data_hash(dataset["name"], dataset["factory"], dataset["root"])
+
+    @classmethod
+    def versions(cls, dataset: Config) -> dict[str, str]:
+        from metalearn.datasets.torchmeta_package import versions
+
+        return versions(dataset["name"])
+
+
+def factory_key(what: str, given: str) -> Any:
+    """The key of a function that makes data sets."""
+    return key(..., f"module:function that makes {what}, called with meta_split, {given} and the arguments")
+
+
+ROOT = "folder or archive of the data, handed on to the factory; its contents name the run"
+ARGUMENTS = "further arguments of the factory, as dataset.arguments.noise=0.1"
+
+
+@dataclass
+class TorchmetaRegression(TorchmetaFactory):
+    """metalearn.datasets.torchmeta_adapter.TorchmetaRegression."""
+
+    target: ClassVar[str] = "metalearn.datasets.torchmeta_adapter.TorchmetaRegression"
+    kind: ClassVar[str] = "regression"
+
+    factory: str = factory_key("a MetaDataset of regression tasks", "shot, queries")
+    root: str | None = key(None, ROOT)
+    arguments: dict = key({}, ARGUMENTS)  # type: ignore[type-arg]
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(None, "query points in validation and test; null means as in training", ge=1)
+
+
+@dataclass
+class TorchmetaTasks(TorchmetaFactory):
+    """metalearn.datasets.torchmeta_adapter.TorchmetaTasks."""
+
+    target: ClassVar[str] = "metalearn.datasets.torchmeta_adapter.TorchmetaTasks"
+    kind: ClassVar[str] = "classification"
+
+    factory: str = factory_key("a MetaDataset of classification tasks", "way, shot, queries")
+    root: str | None = key(None, ROOT)
+    arguments: dict = key({}, ARGUMENTS)  # type: ignore[type-arg]
+    way: int = key(5, "classes of a training task (N)", ge=2)
+    shot: int = key(1, "support examples a class in training (K)", ge=1)
+    queries: int = key(5, "query examples a class in training", ge=1)
+    test_way: int | None = key(None, "classes of a validation or test task; null means as in training", ge=2)
+    test_shot: int | None = key(
+        None, "support examples a class in validation and test; null means as in training", ge=1
+    )
+    test_queries: int | None = key(15, "query examples a class in validation and test; null means as in training", ge=1)
+
+
+@dataclass
+class TorchmetaClasses(TorchmetaFactory, ImageDataset):
+    """metalearn.datasets.torchmeta_adapter.TorchmetaClasses."""
+
+    target: ClassVar[str] = "metalearn.datasets.torchmeta_adapter.TorchmetaClasses"
+
+    factory: str = factory_key("a CombinationMetaDataset", "way, shot, queries")
+    root: str | None = key(None, ROOT)
+    arguments: dict = key({}, ARGUMENTS)  # type: ignore[type-arg]
+
+
+DATASETS = (
+    Folder,
+    Arrays,
+    ArraysRegression,
+    TorchmetaCurves,
+    TorchmetaRegression,
+    TorchmetaTasks,
+    TorchmetaClasses,
+)
