@@ -182,12 +182,29 @@ def test_bounds_hold_for_logistic_regression(tasks, alpha):
     assert gaps == sorted(gaps)  # more steps, more of the data set's own
 
 
+def wave(phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """1 - cos(x . phi - y): not convex, G = L_s = 1 where |x| <= 1."""
+    return 1 - torch.cos(torch.einsum("bnd,bd->bn", x, phi) - y)
+
+
+@pytest.mark.parametrize("loss", [logistic, wave])
+def test_bounds_exchanging_one_sample_moves_the_end_by_little(tasks, loss):
+    """Stability behind the first terms: G |theta^q - theta'^q| is half of them, even with rho = 1 + alpha L_s."""
+    c, alpha = (LOGISTIC, 4.0) if loss is logistic else (Constants(1.0, 1.0), 1.0)
+    (x, y), start = tasks.datasets(), normal(200, 5, seed=0)
+    other = x.clone(), y.clone()
+    other[0][:, 0], other[1][:, 0] = -x[:, 0].flip(0), y[:, 0] + 1.0 if loss is wave else y[:, 0]
+    paths = [bounds.descend(loss, start, *data, alpha, 8) for data in ((x, y), other)]
+    for q in (1, 2, 4, 8):
+        moved = float((paths[0][q] - paths[1][q]).norm(dim=1).max())
+        growth = ((1 + alpha * c.smoothness) ** q - 1) / (10 * c.smoothness)
+        bound = alpha * q / 10 if loss is logistic else growth
+        assert 0.05 * alpha / 10 < moved <= 2 * c.lipschitz * bound
+        assert 2 * c.lipschitz**2 * growth <= bounds.generalization_term(c, alpha, q, 10)
+
+
 def test_bounds_b_holds_in_expectation_without_convexity():
-    """1 - cos(x phi - y), G = L_s = 1: descent and smoothness at the minimum need no convexity (L_s / 2 is enough)."""
-
-    def wave(phi: Tensor, x: Tensor, y: Tensor) -> Tensor:
-        return 1 - torch.cos(torch.einsum("bnd,bd->bn", x, phi) - y)
-
+    """Descent and smoothness at the minimum need no convexity, and L_s / 2 is enough."""
     x = KEY.sub("x").uniform(200, torch.arange(30), low=-1.0).double().unsqueeze(-1)
     y = 2 * x[..., 0] + KEY.sub("y").normal(200, torch.arange(30)).double()
     grid = torch.linspace(-20, 20, 4001).double()

@@ -13,7 +13,8 @@ Corollary 1 is the same with the initialisation that task T is routed to in the 
 "Task Similarity Aware Meta Learning", UAI 2021. Its proof never defines the L of rho apart from L_s; they are one here.
 The bounds are loose and explode with q. Two things hold that the paper does not say (`docs/theory.md`): stability needs
 only rho = 1 + alpha L_s, and 2 alpha G^2 q / K in the place of the first term for convex losses
-(Hardt, Recht & Singer 2016, https://arxiv.org/abs/1509.01240, Theorem 3.7).
+(Hardt, Recht & Singer 2016, https://arxiv.org/abs/1509.01240, section 3, for single examples; the argument is the same
+for whole gradients: exchanging one sample changes a step by at most 2 alpha G / K).
 
 Shape letters: `T` tasks, `R` data sets of each, `K` samples, `M` points of the population, `P` parameters, `d` inputs.
 Everything is float64 and batched over tasks and data sets. A population here is finite, M points, and data sets are
@@ -53,7 +54,7 @@ def generalization_term(c: Constants, alpha: float, q: int, samples: int) -> flo
 
 
 def convex_generalization_term(c: Constants, alpha: float, q: int, samples: int) -> float:
-    """2 alpha G^2 q / K: what uniform stability gives for convex losses and alpha <= 2 / L_s (Hardt et al. 2016)."""
+    """2 alpha G^2 q / K: what uniform stability gives for convex losses and alpha <= 2 / L_s."""
     return 2 * alpha * c.lipschitz**2 * q / samples
 
 
