@@ -20,6 +20,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from metalearn.ledger import given_checkpoint
 from metalearn.paths import conf_dir
 from metalearn.schema import GROUPS, MEMBERS, BadInput, Key, fields_of, member_of, nearest, register, sections, validate
 from metalearn.schema.groups import Run
@@ -32,13 +33,25 @@ MOST_VALUES = 10_000
 
 
 class Cell(NamedTuple):
-    """One run: its overrides (Hydra syntax), validated configuration, and names (12 hex digits each)."""
+    """One run: its overrides (Hydra syntax), validated configuration, and names (12 hex digits each).
+
+    needs: what its training starts from: cells that are trained first, and checkpoints that keys name.
+    """
 
     overrides: tuple[str, ...]
     config: Config
     cell_id: str
     train_id: str
     data_hash: str
+    needs: tuple["Cell | Given", ...] = ()
+
+
+class Given(NamedTuple):
+    """A checkpoint that a key names, by its contents."""
+
+    key: str
+    path: str
+    sha256: str
 
 
 class Axis(NamedTuple):
@@ -340,8 +353,26 @@ def _contents(config: Config) -> dict[str, str]:
 
 def _named(overrides: Sequence[str], config: Config, to_run: bool = True) -> Cell:
     data_hash, contents = (_data_hash(config), _contents(config)) if to_run else ("", {})
+    needs = _needs(config) if to_run else ()
+    if needs:
+        contents["needs"] = " ".join(need.sha256 if isinstance(need, Given) else need.train_id for need in needs)
     train, test = identity(config, data_hash, contents)
-    return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash)
+    return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash, needs)
+
+
+def _needs(config: Config) -> tuple[Cell | Given, ...]:
+    """What the algorithm says that this run's training starts from."""
+    found: list[Cell | Given] = []
+    for need in member_of("algorithm", config["algorithm"]).needs(config):
+        if isinstance(need, dict):
+            found.append(_named((), validate(need)))
+            continue
+        key, path = need
+        try:
+            found.append(Given(key, path, given_checkpoint(path).sha256))
+        except ValueError as error:
+            raise BadInput(f"{key}={path}: {error}") from None
+    return tuple(found)
 
 
 def identity(config: Config, data_hash: str, contents: dict[str, str] | None = None) -> tuple[Config, Config]:

@@ -16,6 +16,9 @@ that k-means needs is the centred n x n matrix of inner products (`docs/performa
 Shapes: n vectors, d parameters, m clusters, r principal directions.
 """
 
+from __future__ import annotations
+
+import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -75,6 +78,22 @@ class Vectors:
         e = (torch.frexp(x.abs().amax(1, keepdim=True)).exponent - 15).clamp(min=-100)
         self._h[new], self._scale[new] = torch.ldexp(x, -e), torch.ldexp(torch.ones_like(x[:, :1]), e)
         self._n = new.stop
+
+    def stored(self) -> tuple[Tensor, Tensor]:
+        """What `restore` takes back: h `[n, d]` in float16, and the powers of two `[n, 1]`."""
+        return self._h[: self._n], self._scale[: self._n]
+
+    def restore(self, h: Tensor, scale: Tensor) -> None:
+        """Append vectors that were `stored` relative to the same theta, as they are."""
+        new = slice(self._n, self._n + len(h))
+        self._h[new], self._scale[new] = h, scale
+        self._n = new.stop
+
+    def part(self, parameters: slice) -> Vectors:
+        """The same vectors in some of their dimensions; shares their memory."""
+        view = copy.copy(self)
+        view.theta, view._h = self.theta[parameters], self._h[:, parameters]
+        return view
 
     def columns(self) -> Iterator[tuple[slice, Tensor]]:
         """Blocks `[n, COLUMNS]` of the differences phi_i - theta in float32, each with the columns that it covers."""

@@ -61,6 +61,11 @@ def _taken_apart(result: Differentiated) -> tuple[list[Tensor], _Form]:
     )
 
 
+def _read(learner: MetaLearner, episodes: Episode) -> list[str]:
+    """Names of the latent tensors that the meta-step depends on."""
+    return [name for name in learner.latent_reads if name in episodes.latent]
+
+
 class _Program(NamedTuple):
     """A function from tensors to the tensors of a result."""
 
@@ -96,8 +101,10 @@ class Compiler:
             self.first = next(learner.parameters())
             self.state = [*(p.detach() for p in learner.parameters()), *learner.buffers()]  # changed in place
             self.programs.clear()
-        inputs = [*self.state, *episodes.support, *episodes.query, batch.key.step, batch.key.task]
-        options = (learner.inner_steps, getattr(learner, "alpha", None))
+        read = _read(learner, episodes)
+        own = [batch.key.step, batch.key.task, *(episodes.latent[name] for name in read)]
+        inputs = [*self.state, *episodes.support, *episodes.query, *own]
+        options = (learner.inner_steps, getattr(learner, "alpha", None), *read)
         shapes = (batch.total, options, *((t.shape, t.stride(), t.dtype) for t in inputs))
         if shapes not in self.programs:
             self.programs[shapes] = self._build(learner, episodes, batch, inputs)
@@ -143,7 +150,7 @@ def _compile(learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: 
         state = dict(zip([*parameters, *buffers], leaves, strict=False))
         support, query = type(episodes.support)(*rest[:2]), type(episodes.query)(*rest[2:4])
         key = TaskKey(batch.key.key, rest[4], rest[5])
-        part = Episode(support, query, {})
+        part = Episode(support, query, dict(zip(_read(learner, episodes), rest[6:], strict=True)))
         with torch.nn.utils.stateless._reparametrize_module(learner, state):
             result = differentiate(learner, part, batch._replace(episodes=part, key=key))
         tensors, form = _taken_apart(result)
@@ -166,10 +173,11 @@ def _compile(learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: 
 
 def _capture(learner: MetaLearner, episodes: Episode, batch: MetaBatch, inputs: list[Tensor]) -> _Program:
     """A CUDA graph: parameters and buffers are read where they are, everything else is copied in."""
-    fresh = 6  # tensors of one meta-step's tasks: the last of the inputs
+    read = _read(learner, episodes)
+    fresh = 6 + len(read)  # tensors of one meta-step's tasks: the last of the inputs
     held = [t.clone() for t in inputs[-fresh:]]
     support, query = type(episodes.support)(*held[:2]), type(episodes.query)(*held[2:4])
-    part = Episode(support, query, {})
+    part = Episode(support, query, dict(zip(read, held[6:], strict=True)))
     fixed = batch._replace(episodes=part, key=TaskKey(batch.key.key, held[4], held[5]))
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

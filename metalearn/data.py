@@ -105,6 +105,15 @@ class Episodes(pl.LightningDataModule):
                     if first <= step < last:
                         yield MetaBatch(step, self.meta_batch_size, episodes, TaskKey(own, key, tasks))
 
+    def stream(self, name: str, first: int, last: int) -> MetaBatch:
+        """Training tasks first..last-1 of a stream of its own, which no meta-step draws from."""
+        key, task = self.train_key.sub(name), torch.arange(first, last)
+        step = torch.zeros_like(task)
+        episodes = self.dataset.fetch("train", self.dataset.draw("train", key, step, task))
+        if self.sampler.corrupted:
+            episodes = self.sampler.corrupt(episodes, key.sub("corrupted"), step, task)
+        return MetaBatch(0, last - first, episodes.to(self.dtype), TaskKey(key.sub("learner"), step, task))
+
     def evaluation(self, split: Split, rank: int = 0, world: int = 1) -> Iterator[MetaBatch]:
         """The frozen episodes of a split on one rank (every world-th), in stacks of `eval_batch`."""
         key = self.evaluation_key.sub(split)

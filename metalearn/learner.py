@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import pytorch_lightning as pl
 import torch
@@ -24,9 +24,14 @@ from metalearn.ops import Normalization
 from metalearn.ops.layout import same_layout
 from metalearn.optim import OuterOptimizer, clipped
 from metalearn.outer import Combine
+from metalearn.phases import Phase, Piece
 from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
+if TYPE_CHECKING:
+    from metalearn.data import Episodes
+
+T = TypeVar("T")
 CHUNK_BYTES = {"cpu": 12 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
 OWN = "regularizer."  # prefix of a regularizer's parameters among those of the network
 When = Literal["inner", "query"]
@@ -62,6 +67,8 @@ class MetaLearner(pl.LightningModule, ABC):
     stacks: ClassVar[bool] = True
     """Whether `task_loss` takes meta-parameters with a task axis, leaf by leaf; if not, the gradients of single tasks
     (see `combine`, and `Regularizer.task_gradients`) are computed one task at a time."""
+    latent_reads: ClassVar[tuple[str, ...]] = ()
+    """What `updates` puts into `latent` for `task_loss`: the algorithm's own, found from support sets alone."""
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
 
     def __init__(
@@ -85,7 +92,7 @@ class MetaLearner(pl.LightningModule, ABC):
         self.running = RunningStatistics(net)
         self.shapes = net.shapes()
         self.meta_steps = 0
-        self.rate = 0.0
+        self.rate, self.train_loss = 0.0, torch.tensor(torch.nan)
         self.optimizer_state: dict[str, Any] | None = None
         self.compiler: Compiler | None = None
         self.aux: dict[str, Tensor] = {}
@@ -148,6 +155,13 @@ class MetaLearner(pl.LightningModule, ABC):
         """The outer updates that one meta-step makes, in order: one over all its tasks."""
         return [batch]
 
+    def touched(self, result: MetaGradient) -> Collection[str] | None:
+        """Names of the parameters that an update may move; None for all.
+
+        The others keep their values, and what the outer optimizer knows of them.
+        """
+        return None
+
     def absorb(self, state: dict[str, Any]) -> None:
         """Keep what a meta-step leaves in the learner's state (task means of `TaskOutput.state`)."""
 
@@ -160,6 +174,24 @@ class MetaLearner(pl.LightningModule, ABC):
         """What a message about divergence says of this algorithm's own reasons for it."""
         return ""
 
+    # ---- before the first meta-step ------------------------------------------------------------------------------
+
+    def inherit(self, states: Sequence[dict[str, Any]]) -> None:
+        """Start from what the cells that this run needs ended with: their learners' state, in the order of the needs.
+
+        Raises:
+            BadInput: if it does not fit.
+        """
+        raise NotImplementedError(f"{type(self).__name__} starts from no other run")
+
+    def phases(self, data: Episodes) -> Sequence[Phase]:
+        """What a run does before its first meta-step, and does not repeat when it is killed; default: nothing."""
+        return []
+
+    def begin(self, pieces: Iterator[Piece]) -> dict[str, float]:
+        """Take in the pieces of the last phase; returns what the log says of them."""
+        return {}
+
     # ---- shared pieces -------------------------------------------------------------------------------------------
 
     def theta(self) -> Theta:
@@ -169,6 +201,10 @@ class MetaLearner(pl.LightningModule, ABC):
             group, rest = name.split(".", 1)
             groups.setdefault(group, {})[rest] = parameter
         return groups
+
+    def constants(self) -> Theta:
+        """`theta`, recording no gradients."""
+        return {group: {k: p.detach() for k, p in params.items()} for group, params in self.theta().items()}
 
     def network(self, theta: Theta) -> Params:
         """What a pass through the network depends on: its parameters, and those of a regularizer that acts inside."""
@@ -236,6 +272,15 @@ class MetaLearner(pl.LightningModule, ABC):
         bounds = [i * episodes.tasks // count for i in range(count + 1)]
         return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
 
+    def in_chunks(self, work: Callable[[slice], T], episodes: Episode, modes: Collection[str] = ()) -> list[T]:
+        """`work` of each chunk, in their order, without recording gradients."""
+
+        def plain(chunk: slice) -> T:
+            with torch.no_grad():  # a setting of the thread
+                return work(chunk)
+
+        return list(parallel.over(plain, self.chunks(episodes, modes), episodes.support.x.device))
+
     # ---- the meta-step -------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -246,26 +291,38 @@ class MetaLearner(pl.LightningModule, ABC):
         """Say how theta is updated, and over how many meta-steps schedules run."""
         self.outer_optimizer, self.max_steps = optimizer, max_steps
 
-    def meta_step(self, batch: MetaBatch, optimizer: torch.optim.Optimizer) -> MetaGradient:
-        """One outer update (or the updates of `updates`), and the gradient of the last of them."""
+    def meta_step(self, batch: MetaBatch, optimizer: torch.optim.Optimizer) -> MetaGradient | None:
+        """One outer update, or those of `updates`; the gradient of the last of them, None if there was none."""
+        result = None
+        self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
         for part in self.updates(batch):
             result = meta_gradient(self, part)
             self._guard(result, part)
             self.aux = result.aux
             if "weight" in result.aux and not result.aux["weight"].any():
                 continue  # nothing to agree on
-            grads = iter(clipped(result.grads, self.outer_optimizer))
-            self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
+            moving = self._moving(result, optimizer)
+            grads = clipped([grad for _, grad in moving], self.outer_optimizer)
+            for (parameter, _), grad in zip(moving, grads, strict=True):
+                # in the parameter's own layout: torch's fused Adam pairs memory, not entries
+                parameter.grad = same_layout(grad, parameter)
             for group in optimizer.param_groups:
                 group["lr"] = self.rate
-                for parameter in group["params"]:
-                    # in the parameter's own layout: torch's fused Adam pairs memory, not entries
-                    parameter.grad = same_layout(next(grads), parameter)
             optimizer.step()
             self.running.absorb(result.seen)
             self.absorb(result.state)
         self.meta_steps += 1
         return result
+
+    def _moving(self, result: MetaGradient, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:
+        """The parameters that the update moves, with their gradients; the optimizer passes over the others."""
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        pairs = list(zip(parameters, result.grads, strict=True))
+        names = self.touched(result)
+        if names is None:
+            return pairs
+        optimizer.zero_grad(set_to_none=True)
+        return [pair for pair, (name, _) in zip(pairs, self.named_parameters(), strict=True) if name in names]
 
     def _guard(self, result: MetaGradient, batch: MetaBatch) -> None:
         """Refuse to update theta from a loss or gradient that is not finite."""
@@ -282,9 +339,11 @@ class MetaLearner(pl.LightningModule, ABC):
         """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""
         optimizer = self.optimizers(use_pl_optimizer=False)
         assert isinstance(optimizer, torch.optim.Optimizer)
+        last = None
         for part in batch:
-            loss = self.meta_step(part, optimizer).loss
-        self.train_loss = loss.nanmean()  # only a dropped task's is NaN
+            last = self.meta_step(part, optimizer) or last
+        if last is not None:
+            self.train_loss = last.loss.nanmean()  # only a dropped task's is NaN
 
     def on_train_start(self) -> None:
         """Lightning's hook: continue with the optimizer state of a resumed run."""
@@ -321,13 +380,12 @@ class MetaLearner(pl.LightningModule, ABC):
         Returns:
             (mode, step) -> (metric `[B]`, loss `[B]`).
         """
-        theta = {group: {k: p.detach() for k, p in params.items()} for group, params in self.theta().items()}
+        theta = self.constants()
 
         def score(chunk: slice) -> Scores:
-            with torch.no_grad():
-                return self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points)
+            return self._score(theta, batch.episodes.select(chunk), batch.key.select(chunk), points)
 
-        parts = list(parallel.over(score, self.chunks(batch.episodes, points), batch.episodes.support.x.device))
+        parts = self.in_chunks(score, batch.episodes, points)
         return {p: (torch.cat([s[p][0] for s in parts]), torch.cat([s[p][1] for s in parts])) for p in parts[0]}
 
     def _score(self, theta: Theta, episodes: Episode, key: TaskKey, points: dict[str, list[int]]) -> Scores:

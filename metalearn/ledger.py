@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
@@ -50,10 +50,15 @@ class CellDir:
     """`<output_dir>/runs/<cell_id>/`, its state and its lock.
 
     Only the holder of the lock (one process, released by the kernel when it dies) writes; anyone may read.
+
+    Args:
+        output_dir: see above.
+        cell_id: see above.
+        wanted_by: the cell, held by this process, for which it is run; its heartbeat follows.
     """
 
-    def __init__(self, output_dir: str | Path, cell_id: str):
-        self.output = Path(output_dir)
+    def __init__(self, output_dir: str | Path, cell_id: str, wanted_by: CellDir | None = None):
+        self.output, self.wanted_by = Path(output_dir), wanted_by
         self.path = self.output / "runs" / cell_id
         self.cell_id = cell_id
         self._status: dict[str, Any] = {}
@@ -107,7 +112,9 @@ class CellDir:
             "error": None,
         }
         self.path.mkdir(parents=True, exist_ok=True)
-        for stale in (*self.path.glob(".*.part"), *self.path.glob("checkpoints/.*.part")):
+        for stale in (
+            part for folder in (".", "checkpoints", "phases") for part in self.path.glob(f"{folder}/.*.part")
+        ):
             stale.unlink()  # of a writer that was killed; we hold the lock
         self.beat(force=True)
         return attempt
@@ -118,6 +125,8 @@ class CellDir:
             self._beat = time.monotonic()
             self._status |= {"heartbeat": now(), **progress}
             write_json(self.path / "status.json", self._status)
+        if self.wanted_by is not None:
+            self.wanted_by.beat(phase=f"training of {self.cell_id}")
 
     def finish(self, state: str, error: str | None = None) -> None:
         """Record how the attempt ended: done, diverged, failed or killed."""
@@ -166,6 +175,50 @@ class Checkpoints:
                 if hashlib.sha256(data).hexdigest() == entry["sha256"]:
                     return entry, data
         return None
+
+
+class Found(NamedTuple):
+    """The bytes of a checkpoint, and their hash (64 hex digits)."""
+
+    data: bytes
+    sha256: str
+
+
+def trained_parameters(cell: Path) -> Found:
+    """The checkpoint that a training ended with: the best on validation classes, the last if there was no validation.
+
+    Args:
+        cell: its folder.
+
+    Raises:
+        ValueError: if it is not there as it was written.
+    """
+    checkpoints = Checkpoints(cell / "checkpoints")
+    kind = "best" if checkpoints.generations("best") else "last"
+    newest = checkpoints.generations(kind)[:1]
+    found = checkpoints.load(kind, newest[0]["step"]) if newest else None
+    if found is None:
+        raise ValueError(f"no intact checkpoint in {checkpoints.folder}")
+    return Found(found[1], found[0]["sha256"])
+
+
+def given_checkpoint(path: str | Path) -> Found:
+    """A checkpoint file, or that of a cell's folder whose run is done (see `trained_parameters`).
+
+    Raises:
+        ValueError: saying why it cannot be used.
+    """
+    path = Path(path)
+    if path.is_file():
+        data = path.read_bytes()
+        return Found(data, hashlib.sha256(data).hexdigest())
+    if not path.is_dir():
+        raise ValueError("no such file or folder")
+    if (result := read_json(path / "result.json")) is None:
+        raise ValueError("not the folder of a finished run")
+    if result["status"] != "done":
+        raise ValueError(f"the run there is {result['status']}")
+    return trained_parameters(path)
 
 
 def leads() -> bool:

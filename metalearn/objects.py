@@ -3,7 +3,10 @@
 from importlib import import_module
 from typing import Any
 
-NOT_ARGUMENTS = ("_target_", "name", "bn_modes", "outer", "outer_vector", "outer_clip", "outer_drop")
+NOT_ARGUMENTS = (
+    *("_target_", "name", "bn_modes", "outer", "outer_vector", "outer_clip", "outer_drop"),
+    *("pretrain_steps", "pretrain_schedule", "pretrained"),
+)
 """Keys that no constructor takes."""
 
 

@@ -79,6 +79,8 @@ class _FusedAdam(torch.optim.Adam):
                 second: list[Tensor] = []
                 steps: list[Tensor] = []
                 self._init_group(group, params, grads, first, second, [], steps)
+                if not params:
+                    continue
                 torch._foreach_add_(steps, 1)
                 torch._fused_adam_(
                     params, grads, first, second, [], steps, lr=group["lr"], beta1=group["betas"][0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-import time
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
@@ -34,6 +34,8 @@ from metalearn.memory import keep_freed_memory
 from metalearn.objects import NOT_ARGUMENTS, build
 from metalearn.ops.conv import multiply_in
 from metalearn.outer import outer_rule
+from metalearn.phases import forget, products
+from metalearn.prerequisites import State, ready
 from metalearn.record import git_state, result_of
 from metalearn.schema import BadInput
 from metalearn.training import Recorder
@@ -94,12 +96,13 @@ def build_data(config: Config, dataset: Dataset) -> Episodes:
     )
 
 
-def run(cell: Cell) -> str:
+def run(cell: Cell, directory: CellDir | None = None) -> str:
     """Train and test one cell; returns how it ended: done, diverged, failed or killed.
 
     A killed cell continues from its last good checkpoint; a cell whose training another cell has completed only tests.
+    Cells that it needs and that nobody has trained are run first.
     """
-    config, directory = cell.config, CellDir(cell.config["output_dir"], cell.cell_id)
+    config, directory = cell.config, directory or CellDir(cell.config["output_dir"], cell.cell_id)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     keep_freed_memory()
     set_precision(config["trainer"]["precision"])
@@ -144,33 +147,45 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
     learner, data = build_learner(config, dataset), build_data(config, dataset)
     modes = config["evaluation"]["bn_modes"] if learner.net.has_norm else ["none"]
     learner.watch(modes, config["evaluation"]["steps"])
+    source = trained_by(config["output_dir"], cell.train_id)
+    checkpoints = Checkpoints((source or directory).path / "checkpoints")
+    starts, diverged = _starts(cell, directory) if checkpoints.load("last") is None else ([], None)
     recorder = Recorder(
         directory, attempt, headline=modes[0], log_every=t["log_every"], save_seconds=t["save_seconds"], writes=main
     )
     logger = build_logger(config, directory, attempt) if main else None
     trainer = build_trainer(config, directory, recorder, logger)
     dataset.to(trainer.strategy.root_device)
-    seconds, error = time.monotonic(), None
-    source = trained_by(config["output_dir"], cell.train_id)
+    error = None
     try:
-        checkpoints = None if source is None else Checkpoints(source.path / "checkpoints")
-        if checkpoints is None:
-            fit(trainer, learner, data, recorder)
+        if diverged is not None:
+            raise diverged
+        if source is None:
+            fit(trainer, learner, data, recorder, starts)
             if main:
                 note_trained(config["output_dir"], cell.train_id, cell.cell_id)
         else:
             recorder.resume(learner, checkpoints)
         step = recorder.select(learner, config["evaluation"]["checkpoint"], checkpoints)
+        if main:
+            directory.beat(force=True, phase="test")
         trainer.test(learner, data, verbose=False)
-    except Diverged as diverged:
-        error, step = str(diverged), learner.meta_steps
-    seconds = recorder.seconds + time.monotonic() - seconds
+    except Diverged as met:
+        error, step = str(met), learner.meta_steps
     if main:
         rows = episode_rows(recorder, learner, dataset)
-        result = result_of(cell, learner, recorder, rows, code, modes[0], step, seconds, error)
+        result = result_of(cell, learner, recorder, rows, code, modes[0], step, recorder.elapsed, error)
         certificate = read_json(directory.path / "certificate.json")
         _write_result(directory, rows, result | ({"certificate": certificate} if certificate else {}), logger)
     return "done" if error is None else "diverged"
+
+
+def _starts(cell: Cell, directory: CellDir) -> tuple[list[State], Diverged | None]:
+    """What training starts from; cells that are run for it end before this one has a mirror and a trainer."""
+    try:
+        return ready(cell, directory, run), None
+    except Diverged as diverged:
+        return [], diverged
 
 
 def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger: Logger | None) -> pl.Trainer:
@@ -197,14 +212,37 @@ def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger
     )
 
 
-def fit(trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Recorder) -> None:
-    """Train to exactly `max_steps` meta-steps, from the last checkpoint if there is one."""
-    learner.optimizer_state = recorder.resume(learner)
+def fit(
+    trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Recorder, starts: Sequence[State] = ()
+) -> None:
+    """Train to exactly `max_steps` meta-steps, from the last checkpoint if there is one.
+
+    Before the first meta-step the learner inherits what it starts from and goes through its phases; what they leave it
+    with is checkpointed as meta-step 0.
+    """
+    if not recorder.resume(learner):
+        prepare(trainer, learner, data, recorder, starts)
+    forget(learner.phases(data), recorder.cell)
     data.start = learner.meta_steps
+    if recorder.writes:
+        recorder.cell.beat(force=True, phase="train")
     if learner.meta_steps < data.max_steps:
         trainer.fit(learner, data)
         trainer.strategy.barrier()  # other ranks read the checkpoints that rank 0 writes
-    elif learner.meta_steps == 0:
+
+
+def prepare(
+    trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Recorder, starts: Sequence[State]
+) -> None:
+    """What comes before the first meta-step; a killed run repeats at most the piece that it was at."""
+    if starts:
+        learner.inherit(starts)
+    if phases := learner.phases(data):
+        if trainer.world_size > 1:
+            raise ValueError(f"{type(learner).__name__} prepares its training in one process; set trainer.devices=1")
+        learner.to(trainer.strategy.root_device)
+        recorder.note(trainer, 0, learner.begin(products(phases, recorder.cell)))
+    if phases or not data.max_steps:
         recorder.save(learner, "last")
 
 
@@ -239,4 +277,4 @@ def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger
     write_json(directory.path / "result.json", result)
 
 
-__all__ = ["NOT_ARGUMENTS", "build", "build_learner", "build_logger", "build_trainer", "fit", "run"]
+__all__ = ["NOT_ARGUMENTS", "build", "build_learner", "build_logger", "build_trainer", "fit", "prepare", "run"]

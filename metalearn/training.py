@@ -88,6 +88,11 @@ class Recorder(pl.Callback):
         self._saved = self._printed = self._started = time.monotonic()
         self._logged = self._first = 0
 
+    @property
+    def elapsed(self) -> float:
+        """Seconds of this run, those of earlier attempts up to their last checkpoint included."""
+        return self.seconds + time.monotonic() - self._started
+
     # ---- checkpoints ---------------------------------------------------------------------------------------------
 
     def save(self, learner: MetaLearner, kind: str) -> None:
@@ -102,20 +107,21 @@ class Recorder(pl.Callback):
             "meta_steps": learner.meta_steps,
             "best": self.best,
             "validated": self.validated,
-            "seconds": self.seconds + time.monotonic() - self._started,
+            "seconds": self.elapsed,
         }
         self.checkpoints.save(kind, learner.meta_steps, lambda file: torch.save(state, file))
 
-    def resume(self, learner: MetaLearner, source: Checkpoints | None = None) -> dict[str, Any] | None:
-        """Load the last good checkpoint into the learner; returns the optimizer's state, None for a fresh start."""
+    def resume(self, learner: MetaLearner, source: Checkpoints | None = None) -> bool:
+        """Load the last good checkpoint into the learner; False, and nothing done, if there is none."""
         found = (source or self.checkpoints).load("last")
         if found is None:
-            return None
+            return False
         state = torch.load(io.BytesIO(found[1]), weights_only=True, map_location="cpu")
         learner.load_state_dict(state["learner"])
         learner.meta_steps, self.best, self.validated = state["meta_steps"], state["best"], state["validated"]
         self.seconds = state["seconds"]
-        return state["optimizer"]
+        learner.optimizer_state = state["optimizer"] or None  # none before the first meta-step
+        return True
 
     def select(self, learner: MetaLearner, rule: str, source: Checkpoints | None = None) -> int:
         """Load the parameters to be tested and return their meta-step."""
@@ -130,6 +136,7 @@ class Recorder(pl.Callback):
     # ---- Lightning's hooks ---------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.seconds = self.elapsed
         self._started = self._saved = time.monotonic()
         self._first = _ours(trainer, pl_module)[0].meta_steps
 
@@ -145,7 +152,7 @@ class Recorder(pl.Callback):
         data.step_seconds = max(1e-6, (time.monotonic() - self._began) / len(batch))
         step, last = learner.meta_steps, learner.meta_steps == data.max_steps
         if step // self.log_every != self._logged // self.log_every or last:
-            self._log(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate} | learner.reports())
+            self.note(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate} | learner.reports())
         self._logged = step
         validates = bool(data.val_every) and (step % data.val_every == 0 or last)
         if not validates and (last or time.monotonic() - self._saved > self.save_seconds):
@@ -174,7 +181,7 @@ class Recorder(pl.Callback):
             self.best = {"step": step, "value": value}
             self.save(learner, "best")
         self.save(learner, "last")
-        self._log(trainer, step, {f"val_{learner.metric_name}": value, "val_loss": loss})
+        self.note(trainer, step, {f"val_{learner.metric_name}": value, "val_loss": loss})
         self._progress(trainer, learner, data, value)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -199,10 +206,11 @@ class Recorder(pl.Callback):
 
     # ---- telling -------------------------------------------------------------------------------------------------
 
-    def _log(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+    def note(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
+        """Write numbers of a meta-step to the log and its mirrors; None for those that are not finite."""
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # type: ignore[misc]
         if self.metrics:
-            self.metrics.write(step, {**values, "seconds": round(self.seconds + time.monotonic() - self._started, 3)})
+            self.metrics.write(step, {**values, "seconds": round(self.elapsed, 3)})
         for logger in trainer.loggers:
             logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
 

@@ -1,5 +1,7 @@
 """All algorithms in one table, which the common tests run through; and how their learners and tasks are made."""
 
+import copy
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import oracles
@@ -8,7 +10,7 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import HSML, IMAML, MAML, MMAML, MatchingNet, MetaSGD, ProtoNet, Reptile
+from metalearn.algorithms import HSML, IMAML, MAML, MMAML, TSAMAML, MatchingNet, MetaSGD, ProtoNet, Reptile
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -41,11 +43,13 @@ class Row(NamedTuple):
     """An algorithm with small arguments, and where it differs from the others in what the common tests ask.
 
     static: nothing is adapted, the trajectory is its start. ordered: the order of a meta-batch's tasks matters.
+    waits: tasks of a meta-step may wait for a later one.
     joint: without adaptation (alpha or steps zero) its outer gradient is that of the mean query loss at theta.
     passes: sites of the network that a pass of the support and one of the query set see in `task_loss` with two inner
-    steps; None where they are not those of one network. silent: part of the names of those meta-parameters whose
+    steps; None where they are not those of one network. silent: parts of the names of those meta-parameters whose
     gradient is exactly zero (a convolution's bias before batch norm). exact: the outer gradient is the slope of the
-    outer objective; first-order methods' is not. couples: the outer gradient is no mean over tasks.
+    outer objective; first-order methods' is not. couples: the outer gradient is no mean over tasks. arrange: what
+    training finds before its first meta-step, in place of that.
     """
 
     name: str
@@ -53,13 +57,23 @@ class Row(NamedTuple):
     arguments: dict[str, Any]
     static: bool = False
     ordered: bool = False
+    waits: bool = False
     joint: bool = False
     passes: tuple[list[str], list[str]] | None = (SITES * 2, SITES)
-    silent: str = "conv.bias"
+    silent: tuple[str, ...] = ("conv.bias",)
     exact: bool = False
     couples: bool = False
+    arrange: Callable[[Any], None] = lambda learner: None
 
 
+def apart(learner: TSAMAML) -> None:
+    """Groups on a line through theta*: of two, about half of the tasks choose either."""
+    size = sum(learner.shapes[k].numel() for k in learner.order)
+    where = torch.linspace(0.1, -0.1, learner.m, dtype=torch.float64)[:, None]
+    learner.place((where * oracles.normal(1, size, seed=9)).to(learner.centres))
+
+
+TSA: dict[str, Any] = {**STEPS, "m": 2, "id_steps": 1}
 ALGORITHMS = [
     Row("maml", MAML, STEPS, joint=True, exact=True),
     Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
@@ -87,6 +101,25 @@ ALGORITHMS = [
     Row("imaml_head", IMAML, {**STEPS, "lam": 0.5, "adapted": "head"}, passes=([*SITES, "head"], SITES)),
     Row("hsml", HSML, GATED, exact=True),
     Row("mmaml", MMAML, MODULATED, exact=True),
+    Row(
+        "tsa_maml",
+        TSAMAML,
+        {**TSA, "batching": "mixed"},
+        passes=(SITES * 3, SITES),
+        silent=("conv.bias", "net."),
+        exact=True,
+        arrange=apart,
+    ),
+    Row(
+        "tsa_maml_queue",
+        TSAMAML,
+        {**TSA, "cluster_params": "body", "routing": "current"},
+        waits=True,
+        passes=(SITES * 3, SITES),
+        silent=("conv.bias", "net."),
+        exact=True,
+        arrange=apart,
+    ),
     Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet", MatchingNet, {"scale": 10.0}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet_sum", MatchingNet, {"attention": "sum_cos"}, static=True, exact=True, passes=([], SITES[:-1])),
@@ -115,7 +148,9 @@ def create(case: Case, net: Any = None, **changes: Any) -> MetaLearner:
     if net is None:
         classes, targets = (3, 1) if row.cls.needs_head else (0, 0)
         net = oracles.conv_net(classes) if kind == "classification" else oracles.mlp(targets)
-    return build(row.cls, net, kind, **{**row.arguments, **changes})
+    learner = build(row.cls, net, kind, **{**row.arguments, **changes})
+    row.arrange(learner)
+    return learner
 
 
 def tasks_for(case: Case, tasks: int = 5, seed: int = 0) -> Episode:
@@ -128,7 +163,7 @@ def select(batch: MetaBatch, tasks: Any) -> MetaBatch:
     return MetaBatch(batch.step, episodes.tasks, episodes, batch.key.select(tasks))
 
 
-def step(learner: MetaLearner, batch: MetaBatch) -> MetaGradient:
+def step(learner: MetaLearner, batch: MetaBatch) -> MetaGradient | None:
     """One meta-step with a fresh outer optimizer."""
     return learner.meta_step(batch, learner.configure_optimizers())
 
@@ -144,11 +179,11 @@ def every_score(learner: MetaLearner, batch: MetaBatch) -> dict[tuple[str, int],
     return learner.evaluate(batch, {bn: list(range(learner.test_steps + 1)) for bn in MODES})
 
 
-def bits(learner: MetaLearner) -> dict[str, Tensor]:
-    return {k: v.clone() for k, v in learner.state_dict().items()}
+def bits(learner: MetaLearner) -> dict[str, Any]:
+    return copy.deepcopy(dict(learner.state_dict()))
 
 
-def assert_same_bits(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_same_bits(actual: dict[str, Any], expected: dict[str, Any]) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 

@@ -95,7 +95,7 @@ def test_no_parameters_are_put_into_modules(case, monkeypatch):
     every_score(learner, batch)
 
 
-@each(CASES)
+@each(where(waits=False))
 def test_task_order_changes_nothing(case):
     """Of serial Reptile it changes everything: each task starts where the one before ended."""
     ends = []
@@ -123,7 +123,7 @@ def test_every_parameter_that_matters_has_a_gradient(case):
     grads = outer_gradient(learner, tasks_for(case))
     assert all(bool(torch.isfinite(g).all()) for g in grads.values())
     silent = ROWS[case[0]].silent
-    assert {name for name, g in grads.items() if not g.any()} == {name for name in grads if silent in name}
+    assert {n for n, g in grads.items() if not g.any()} == {n for n in grads if any(part in n for part in silent)}
 
 
 @each(CASES)
@@ -226,7 +226,7 @@ def test_unknown_modes_are_refused():
 
 
 @pytest.mark.parametrize("optimizer", [Adam(lr=0.01), SGD(lr=0.01, momentum=0.9)])
-@each(where(ordered=False))
+@each(where(ordered=False, waits=False))
 def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
     """Three meta-steps are three of torch's unfused optimizer on the meta-gradients, whatever their memory layout."""
     learner, episodes = create(case), tasks_for(case)
@@ -247,7 +247,7 @@ def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
 # ---- divergence --------------------------------------------------------------------------------------------------
 
 
-@each(where(ordered=False))
+@each(where(ordered=False, waits=False))
 def test_divergence_names_its_place_and_spoils_nothing(case):
     learner, batch = trained(case)
     before = bits(learner)

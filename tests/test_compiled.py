@@ -8,7 +8,8 @@ import pytest
 import torch
 from oracles import distance
 
-from metalearn.algorithms import MAML, Reptile
+from metalearn.algorithms import MAML, TSAMAML, Reptile
+from metalearn.algorithms.tsa_maml import GROUP
 from metalearn.compiled import TOLERANCE, Compiler
 from metalearn.meta_gradient import meta_gradient
 
@@ -67,6 +68,25 @@ def test_draws_and_carried_state_are_inputs(compiler, caplog):
             if buffer.is_floating_point():
                 buffer.add_(0.25)
     assert "are compiled" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [False, True])
+def test_groups_are_found_or_given(compiler, caplog, given):
+    """TSA-MAML routes in the step, or takes each task's group as an input: it may not be frozen in."""
+    learner, batch = sinusoid(TSAMAML, m=2, id_steps=2, batching="mixed")
+    deltas = learner.displacement(learner.theta(), batch.episodes.support)
+    learner.place(deltas[:2])
+    seen = set()
+    for groups in ([0, 1, 0], [1, 1, 0]):
+        latent = {GROUP: torch.tensor(groups)} if given else {}
+        part = batch._replace(episodes=batch.episodes._replace(latent=latent))
+        assert_same(learner, part, compiler)
+        chosen = tuple(meta_gradient(learner, part).aux[GROUP].tolist())
+        seen.add(chosen)
+        assert not given or chosen == tuple(groups)
+        learner.place(deltas[1:])
+    assert len(seen) == 2 and len(compiler.programs) == 1 and "are compiled" in caplog.text
 
 
 def test_a_step_that_cannot_be_compiled_stays_plain(compiler, caplog, monkeypatch):

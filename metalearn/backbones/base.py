@@ -98,6 +98,10 @@ class Backbone(Drawn):
         assert isinstance(stage, Stage)
         return stage
 
+    def parameters_of(self, stage: str) -> set[str]:
+        """Names of a stage's parameters."""
+        return {name for name in self.names if name.startswith(f"{stage}.")}
+
     def first_site(self, names: list[str]) -> str:
         """The last site that no parameter in `names` influences: features up to there are fixed while they move."""
         moved = {name.split(".", 1)[0] for name in names}

@@ -103,6 +103,10 @@ class Module(Backbone):
         """The stage that ends at site `name`."""
         return self.chain[name]
 
+    def parameters_of(self, stage: str) -> set[str]:
+        """Names of a stage's parameters."""
+        return set(self.chain[stage].uses)
+
     def first_site(self, names: list[str]) -> str:
         """The last site that no parameter in `names` influences: features up to there are fixed while they move."""
         if not names:

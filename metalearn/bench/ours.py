@@ -74,7 +74,9 @@ class Subject:
             else patch.object(reptile_module, "minibatches", lambda key, *_: rows[key.task])
         )
         with given:
-            self.result = self.learner.meta_step(self.batch, self.optimizer)
+            result = self.learner.meta_step(self.batch, self.optimizer)
+        assert result is not None
+        self.result = result
 
     def sync(self) -> None:
         """Wait for the device."""

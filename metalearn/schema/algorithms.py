@@ -41,6 +41,11 @@ class Algorithm:
     )
 
     @classmethod
+    def needs(cls, run: Config) -> Iterator[Config | tuple[str, str]]:
+        """What a run's training starts from: configurations of runs, or keys and the checkpoints that they name."""
+        yield from ()
+
+    @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         """Combinations of keys that cannot be."""
         if algorithm["outer"] == "mean":
@@ -196,6 +201,65 @@ class MMAML(MAML):
 
 
 @dataclass
+class TSAMAML(MAML):
+    """metalearn.algorithms.TSAMAML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.TSAMAML"
+    displaces: ClassVar[bool] = False
+
+    m: int = key(3, "groups of tasks, each with an initialisation", ge=1)
+    tasks: int = key(1000, "training tasks that are clustered before training", ge=1)
+    id_steps: int = key(10, "inner steps from MAML's solution that identify a task", ge=1)
+    cluster_params: str = key(
+        "all", "adapted parameters that tasks are compared by: all, body or head", choices=("all", "body", "head")
+    )
+    routing: str = key(
+        "initial",
+        "what a task is compared with: the initial centres, or the current initialisations (which collapses)",
+        choices=("initial", "current"),
+    )
+    batching: str = key(
+        "per_group_queue",
+        "outer updates: of one group as soon as meta_batch_size of its tasks wait, or of all groups at each meta-step",
+        choices=("per_group_queue", "mixed"),
+    )
+    collapse_steps: int = key(
+        500, "updates after which routing=current stops if one group took over 95 % of their tasks; 0 for never", ge=0
+    )
+    pretrain_steps: int = key(500, "meta-steps of the MAML run that comes first", ge=0)
+    pretrain_schedule: str = key(
+        "constant", "optimizer.schedule of that run", choices=("constant", "cosine", "linear", "step")
+    )
+    pretrained: str | None = key(
+        None, "folder of a finished MAML cell, or a checkpoint file, to start from instead", touches="none"
+    )
+
+    @classmethod
+    def needs(cls, run: Config) -> Iterator[Config | tuple[str, str]]:
+        """A run of MAML with the same keys."""
+        algorithm = run["algorithm"]
+        if algorithm["pretrained"] is not None:
+            yield "algorithm.pretrained", algorithm["pretrained"]
+            return
+        first = {"_target_": MAML.target} | {k: algorithm[k] for k in fields_of(MAML)} | {"name": "maml"}
+        changes = {
+            "algorithm": first,
+            "trainer": run["trainer"] | {"max_steps": algorithm["pretrain_steps"]},
+            "optimizer": run["optimizer"] | {"schedule": algorithm["pretrain_schedule"]},
+            "rerun": False,
+        }
+        yield run | changes
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        if run["trainer"]["devices"] > 1:
+            yield f"trainer.devices={run['trainer']['devices']}: must be 1 with tsa_maml"
+        if algorithm["tasks"] < algorithm["m"]:
+            yield f"algorithm.tasks={algorithm['tasks']}: must be >= algorithm.m={algorithm['m']}"
+
+
+@dataclass
 class Reptile(InnerLoop):
     """metalearn.algorithms.Reptile."""
 
@@ -249,4 +313,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, HSML, MMAML, Reptile, ProtoNet, MatchingNet, IMAML)
+ALGORITHMS = (MAML, MetaSGD, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML)

@@ -1,0 +1,106 @@
+"""What a cell's training starts from: parameters that another cell, or a checkpoint, holds."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from metalearn.cells import Cell, Given
+from metalearn.learner import Diverged
+from metalearn.ledger import Busy, CellDir, Found, given_checkpoint, trained_by, trained_parameters
+from metalearn.schema import BadInput
+
+POLL_SECONDS = 5.0  # between looks at a cell that another process trains
+
+State = dict[str, Any]
+"""A learner's state as its checkpoint holds it."""
+Run = Callable[[Cell, CellDir], str]
+"""Trains and tests a cell for another one, and says how it ended."""
+
+
+class NoStart(Diverged):
+    """A cell that this one starts from diverged: that is this one's result, too."""
+
+
+def ready(cell: Cell, directory: CellDir, run: Run) -> list[State]:
+    """The states that a cell's training starts from, in the order of its needs.
+
+    Args:
+        cell: the cell.
+        directory: its folder, whose lock this process holds.
+        run: called for a needed cell that nobody has trained yet; it leaves a cell of its own, found again by all who
+            need it.
+
+    Raises:
+        NoStart: if a needed cell diverged.
+        RuntimeError: if a needed cell failed.
+        BadInput: for a given checkpoint that is none, or has changed since the cell was named.
+    """
+    return [_given(need) if isinstance(need, Given) else _trained(need, directory, run) for need in cell.needs]
+
+
+def _given(need: Given) -> State:
+    refusal = f"{need.key}={need.path}: "
+    try:
+        found = given_checkpoint(need.path)
+    except ValueError as error:
+        raise BadInput(refusal + str(error)) from None
+    if found.sha256 != need.sha256:
+        raise BadInput(refusal + "its contents have changed since this run was named; run the command again")
+    try:
+        return _state(found)
+    except Exception as error:
+        raise BadInput(refusal + f"no checkpoint of a run ({type(error).__name__})") from None
+
+
+def _trained(need: Cell, wanted_by: CellDir, run: Run) -> State:
+    """Waits for the process that trains a needed cell, or trains it."""
+    output, who = need.config["output_dir"], f"cell {need.cell_id} ({need.config['algorithm']['name']})"
+    said = ""
+    while (source := trained_by(output, need.train_id)) is None:
+        directory = CellDir(output, need.cell_id, wanted_by)
+        try:
+            directory.acquire()
+        except Busy as busy:
+            if str(busy) != said:
+                print(f"metalearn: cell {wanted_by.cell_id} waits: {busy}", file=sys.stderr, flush=True)
+            said = str(busy)
+            wanted_by.beat(phase=f"waiting for {need.cell_id}")
+            time.sleep(POLL_SECONDS)
+            continue
+        try:
+            if trained_by(output, need.train_id) is not None:
+                continue  # by the process that had the lock a moment ago
+            result = directory.result
+            if result is not None and result["status"] == "done":
+                directory.archive()  # its checkpoints are gone
+            if result is None or result["status"] == "done":
+                print(
+                    f"metalearn: cell {wanted_by.cell_id} starts from {who}: training it", file=sys.stderr, flush=True
+                )
+                wanted_by.beat(force=True, phase=f"training of {need.cell_id}")
+                run(need, directory)
+                result = directory.result
+                if trained_by(output, need.train_id) is None and result is not None and result["status"] == "done":
+                    raise RuntimeError("it left no checkpoint")
+            if result is not None and result["status"] == "diverged":
+                raise NoStart(f"{who}, whose parameters this cell starts from, diverged: {result['error']}")
+        except (NoStart, BadInput):
+            raise
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"{who}, whose parameters this cell starts from, failed: {reason}") from error
+        finally:
+            directory.release()
+    return _state(trained_parameters(source.path))
+
+
+def _state(found: Found) -> State:
+    state = torch.load(io.BytesIO(found.data), weights_only=True, map_location="cpu")["learner"]
+    assert isinstance(state, dict)
+    return state
