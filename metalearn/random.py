@@ -87,6 +87,11 @@ class Key:
         radius, angle = torch.sqrt(-2 * torch.log(u[..., :n])), 2 * math.pi * u[..., n:]
         return (radius * torch.cos(angle)).float()
 
+    def logistic(self, n: int, *index: Tensor | int) -> Tensor:
+        """`[*index, n]` float32 draws from the standard logistic law: the difference of two Gumbel variables."""
+        u = (self.words(n, *index).double() + 0.5) * 2.0**-32
+        return torch.logit(u).float()
+
     def integers(self, n: int, *index: Tensor | int, size: Tensor | int) -> Tensor:
         """`[*index, n]` int64 draws from 0..size-1; `size` (at most 2^31) broadcasts against the result.
 
@@ -145,6 +150,10 @@ class TaskKey:
     def sub(self, name: str) -> "TaskKey":
         """An independent stream with the same coordinates."""
         return TaskKey(self.key.sub(name), self.step, self.task)
+
+    def logistic(self, n: int) -> Tensor:
+        """`[B, n]` float32 draws from the standard logistic law."""
+        return self.key.logistic(n, self.step, self.task)
 
     def permutations(self, n: int, count: int) -> Tensor:
         """`[B, count, n]` int64: `count` independent random orders of 0..n-1 for each task."""

@@ -181,7 +181,8 @@ def outer_gradient(learner: MetaLearner, episodes: Episode) -> Tree:
 
 def outer_value(learner: MetaLearner, episodes: Episode) -> Tensor:
     """The outer objective at the learner's present parameters."""
-    return learner.outer(learner.theta(), episodes, learner.task_loss(learner.theta(), episodes))
+    theta = learner.theta()
+    return learner.outer(theta, episodes, learner.task_loss(theta, episodes, meta_batch(episodes).key))
 
 
 # ---- quadratic tasks ------------------------------------------------------------------------------------------------
@@ -217,7 +218,7 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
 
     Args:
         net: says which stages there are; its own forward pass is not used.
-        params: without task axis.
+        params: without task axis; a T-net's transform of a stage is `<stage>.transform`.
         x: `[n, *input]`.
         given: (mean, variance) by layer, instead of those of x.
         seen: filled with the (mean, variance) of each layer.
@@ -227,6 +228,7 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
         own = {k.removeprefix(f"{name}."): v for k, v in params.items() if k.startswith(f"{name}.")}
         if isinstance(stage, Block):
             x = F.conv2d(x, own["conv.weight"], own.get("conv.bias"), stage.stride, padding=1)
+            x = torch.einsum("oc,nchw->nohw", own["transform"], x) if "transform" in own else x
             if stage.normalizes:
                 layer = f"{name}.norm"
                 mean, var = given[layer] if given else (x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0))
@@ -241,6 +243,7 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
             x = x.mean((2, 3)) if getattr(stage, "kind", "") == "mean" else x.flatten(1)
         else:
             x = F.linear(x.flatten(1), own["weight"], own.get("bias"))
+            x = x @ own["transform"].mT if "transform" in own else x
             x = x if name == "head" else torch.tanh(x)
     return x
 

@@ -10,7 +10,19 @@ import torch
 from oracles import build, meta_batch
 from torch import Tensor
 
-from metalearn.algorithms import HSML, IMAML, MAML, MMAML, TSAMAML, MatchingNet, MetaSGD, ProtoNet, Reptile
+from metalearn.algorithms import (
+    HSML,
+    IMAML,
+    MAML,
+    MMAML,
+    TSAMAML,
+    MatchingNet,
+    MetaSGD,
+    MTNet,
+    ProtoNet,
+    Reptile,
+    TNet,
+)
 from metalearn.bn import MODES
 from metalearn.episode import Episode, MetaBatch
 from metalearn.learner import MetaLearner
@@ -79,6 +91,8 @@ ALGORITHMS = [
     Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
     Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
     Row("meta_sgd", MetaSGD, STEPS, exact=True),
+    Row("tnet", TNet, STEPS, exact=True),
+    Row("mtnet", MTNet, STEPS),
     Row(
         "reptile",
         Reptile,

@@ -43,7 +43,7 @@ from metalearn.optim import SGD, Adam
 def test_shapes(case):
     learner, episodes = create(case), tasks_for(case)
     theta, (tasks, queries) = learner.theta(), episodes.query.y.shape[:2]
-    trajectory = learner.adapt(theta, episodes.support, steps=3)
+    trajectory = learner.adapt(theta, episodes.support, steps=3, key=meta_batch(episodes).key)
     assert len(trajectory) == (1 if ROWS[case[0]].static else 4)
     for phi in trajectory:
         assert all(p.shape == (tasks, *learner.shapes[k]) for k, p in phi.items())
@@ -174,7 +174,7 @@ def test_outer_gradient_is_the_slope_of_the_objective(case):
         lambda: oracles.outer_value(learner, episodes), list(learner.parameters()), grads
     )
     error = distance([actual], [slopes])
-    assert error < 1e-6 if row.exact else error > 1e-2
+    assert error < 1e-6 if row.exact else error > 1e-4
 
 
 @each(where(joint=True))
@@ -193,7 +193,8 @@ def test_without_adaptation_it_is_joint_training(case, changes):
 
 def predictions(learner: MetaLearner, episodes: Episode, bn: str) -> Any:
     """Maps query inputs to outputs of the adapted learner."""
-    phi = learner.adapt(learner.theta(), episodes.support, steps=learner.test_steps)[-1]
+    theta, key = learner.theta(), meta_batch(episodes).key
+    phi = learner.adapt(theta, episodes.support, steps=learner.test_steps, key=key)[-1]
     return partial(learner.predict, learner.theta(), phi, support=episodes.support, bn=bn)
 
 

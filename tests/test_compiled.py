@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import distance
 
-from metalearn.algorithms import MAML, TSAMAML, Reptile
+from metalearn.algorithms import MAML, TSAMAML, MetaSGD, MTNet, Reptile, TNet
 from metalearn.algorithms.tsa_maml import GROUP
 from metalearn.compiled import TOLERANCE, Compiler
 from metalearn.meta_gradient import meta_gradient
@@ -54,6 +54,17 @@ def test_a_compiled_step_is_the_plain_one(compiler, caplog):
 def test_other_forms(options, compiler, caplog):
     learner, batch = sinusoid(MAML, **{"inner_steps": 1, **options})
     assert_same(learner, batch, compiler)
+    assert "are compiled" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", [MetaSGD, TNet, MTNet])
+def test_other_algorithms(algorithm, compiler, caplog):
+    """MT-net's masks are drawn by the coordinates of other meta-steps."""
+    learner, batch = sinusoid(algorithm, inner_steps=2)
+    for step in (0, 1):
+        key = type(batch.key)(batch.key.key, batch.key.step + step, batch.key.task)
+        assert_same(learner, batch._replace(key=key), compiler)
     assert "are compiled" in caplog.text
 
 

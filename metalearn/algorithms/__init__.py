@@ -8,6 +8,19 @@ from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.mmaml import MMAML
 from metalearn.algorithms.protonet import ProtoNet
 from metalearn.algorithms.reptile import Reptile
+from metalearn.algorithms.tnet import MTNet, TNet
 from metalearn.algorithms.tsa_maml import TSAMAML
 
-__all__ = ["HSML", "IMAML", "MAML", "MMAML", "TSAMAML", "MatchingNet", "MetaSGD", "ProtoNet", "Reptile"]
+__all__ = [
+    "HSML",
+    "IMAML",
+    "MAML",
+    "MMAML",
+    "TSAMAML",
+    "MTNet",
+    "MatchingNet",
+    "MetaSGD",
+    "ProtoNet",
+    "Reptile",
+    "TNet",
+]

@@ -7,6 +7,8 @@ is given a dictionary of parameters, shared `[*shape]` or one per task `[B, *sha
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +19,13 @@ from metalearn.parameters import Drawn
 
 OnSite = Callable[[Tensor, str], Tensor]
 """Called with the activations `[B, n, ...]` and the name of each site that is reached."""
+
+
+class Kernel(NamedTuple):
+    """Names of the weight `[O, ...]` and, where there is one, of the bias `[O]` of a linear map or a convolution."""
+
+    weight: str
+    bias: str | None
 
 
 class Stage(nn.Module, ABC):
@@ -31,6 +40,13 @@ class Stage(nn.Module, ABC):
     """Names of weight and bias of the affine map, of `shape[0]` channels, that the stage's non-linearity follows: its
     batch norm's scale and offset, or those of its linear map. `apply_stage` uses batch norm's and biases of these names
     whether the module has them or not. None for a stage without such a map."""
+    kernel: Kernel | None = None
+    """The map W x + b of its inputs that the stage begins with; None if there is none."""
+
+    @cached_property
+    def uses(self) -> frozenset[str]:
+        """Names of the parameters that it depends on."""
+        return frozenset(f"{self.name}.{name}" for name, _ in self.named_parameters())
 
     @property
     def width(self) -> int:
@@ -51,6 +67,7 @@ class Linear(Stage):
         self.affine = (f"{name}.weight", f"{name}.bias")
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
+        self.kernel = Kernel(f"{name}.weight", f"{name}.bias")
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         return linear(h, params[f"{self.name}.weight"], params[f"{self.name}.bias"])
@@ -104,13 +121,17 @@ class Backbone(Drawn):
 
     def first_site(self, names: list[str]) -> str:
         """The last site that no parameter in `names` influences: features up to there are fixed while they move."""
-        moved = {name.split(".", 1)[0] for name in names}
         before = "input"
-        for stage in self.stages:
-            if stage in moved:
+        for name in self.stages:
+            if not self.stage(name).uses.isdisjoint(names):
                 return before
-            before = stage
+            before = name
         return before
+
+    def between(self, start: str = "input", stop: str | None = None) -> list[str]:
+        """Names of the stages from one site to another (None: the last), in order."""
+        first, last = self.sites.index(start), len(self.stages) if stop is None else self.sites.index(stop)
+        return self.stages[first:last]
 
     def run(
         self,
@@ -137,11 +158,10 @@ class Backbone(Drawn):
             Activations at `stop`, `[B, n, *shape]`.
         """
         norm = norm or Normalization()
-        sites = self.sites
-        first, last = sites.index(start), len(sites) - 1 if stop is None else sites.index(stop)
-        if on_site is not None and first == 0 < last:
+        stages = self.between(start, stop)
+        if on_site is not None and start == "input" and stages:
             h = on_site(h, "input")
-        for name in sites[first + 1 : last + 1]:
+        for name in stages:
             h = self.stage(name).apply_stage(params, h, norm)
             if on_site is not None:
                 h = on_site(h, name)

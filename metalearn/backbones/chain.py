@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metalearn.backbones.base import Stage
+from metalearn.backbones.base import Kernel, Stage
 from metalearn.episode import Params
 from metalearn.ops import Normalization, batch_norm, conv2d, linear, max_pool, norm_relu_pool, stem
 
@@ -56,6 +56,7 @@ class _Linear(Link):
         super().__init__((layer.out_features,))
         self.affine = self.weight, self.bias = _at(prefix, "weight"), _at(prefix, "bias")
         self.uses = _names(prefix, layer)
+        self.kernel = Kernel(self.weight, self.bias if self.bias in self.uses else None)
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         weight = params[self.weight]
@@ -72,6 +73,7 @@ class _Conv(Link):
         super().__init__((layer.out_channels, *sides))
         self.conv, self.norm, self.eps = prefix, "", 0.0
         self.uses = _names(prefix, layer)
+        self.kernel = Kernel(_at(prefix, "weight"), _at(prefix, "bias") if layer.bias is not None else None)
         if rest and type(rest[0][1]) is nn.BatchNorm2d and rest[0][1].num_features == layer.out_channels:
             self.norm, normalizer = rest.pop(0)
             self.uses |= _names(self.norm, normalizer)

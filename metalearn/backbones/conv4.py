@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from metalearn.backbones.base import Backbone, Linear, Stage
+from metalearn.backbones.base import Backbone, Kernel, Linear, Stage
 from metalearn.episode import Params
 from metalearn.ops import Normalization, conv2d, max_pool, norm_relu_pool, stem
 from metalearn.schema import BadInput
@@ -52,6 +52,7 @@ class Block(Stage):
         self.name, self.eps = name, eps
         self.stride = 2 if downsample == "stride" else 1
         self.conv = _Filters(shape[0], width, bias)
+        self.kernel = Kernel(f"{name}.conv.weight", f"{name}.conv.bias" if bias else None)
         if bn:
             self.norm = _Affine(width, affine)
         self.normalizes = bn

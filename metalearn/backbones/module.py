@@ -114,12 +114,7 @@ class Module(Backbone):
             raise BadInput(
                 f"algorithm.adapted: begins no parameter of backbone.factory={self.factory}; their names begin {first}"
             )
-        before = "input"
-        for name in self.stages:
-            if not self.chain[name].uses.isdisjoint(names):
-                return before
-            before = name
-        return before
+        return super().first_site(names)
 
     def reset(self, key: Key) -> None:
         """A module that the factory makes from keyed draws, and what `init` says."""

@@ -260,6 +260,24 @@ class TSAMAML(MAML):
 
 
 @dataclass
+class TNet(MAML):
+    """metalearn.algorithms.TNet."""
+
+    target: ClassVar[str] = "metalearn.algorithms.TNet"
+
+    test_steps: int = key(
+        1, "inner steps in validation and test; the metric is learned for as many as in training", ge=0
+    )
+
+
+@dataclass
+class MTNet(TNet):
+    """metalearn.algorithms.MTNet."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MTNet"
+
+
+@dataclass
 class Reptile(InnerLoop):
     """metalearn.algorithms.Reptile."""
 
@@ -313,4 +331,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML)
+ALGORITHMS = (MAML, MetaSGD, TNet, MTNet, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML)
