@@ -260,14 +260,9 @@ class MetaLearner(pl.LightningModule, ABC):
         return self.net.run(params, h, start, stop, norm=norm, on_site=on_site)
 
     def chunks(self, episodes: Episode, modes: Collection[str] = ()) -> list[slice]:
-        """Equal ranges of tasks whose activations stay below `chunk_bytes` each (at least one task).
-
-        With `modes`, those of predictions under these batch-norm modes.
-        """
-        support, queries = episodes.support.x.shape[1], episodes.query.x.shape[1]
-        n = queries * (support + 1) if "support_plus_one" in modes else max(support, queries)
+        """Equal ranges of tasks that take no more than `chunk_bytes` each (at least one task); see `task_bytes`."""
         limit = self.chunk_bytes or CHUNK_BYTES["cpu" if episodes.support.x.is_cpu else "gpu"]
-        fits = max(1, limit // max(1, self.net.activation_bytes(n)))
+        fits = max(1, limit // max(1, self.task_bytes(episodes, modes)))
         count = -(-episodes.tasks // fits)
         bounds = [i * episodes.tasks // count for i in range(count + 1)]
         return [slice(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
@@ -280,6 +275,13 @@ class MetaLearner(pl.LightningModule, ABC):
                 return work(chunk)
 
         return list(parallel.over(plain, self.chunks(episodes, modes), episodes.support.x.device))
+
+    def task_bytes(self, episodes: Episode, modes: Collection[str] = ()) -> int:
+        """Bytes of activations that one task takes: in training, or in predictions under these batch-norm modes."""
+        support, queries = episodes.support.x.shape[1], episodes.query.x.shape[1]
+        return self.net.activation_bytes(
+            queries * (support + 1) if "support_plus_one" in modes else max(support, queries)
+        )
 
     # ---- the meta-step -------------------------------------------------------------------------------------------
 

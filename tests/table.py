@@ -17,6 +17,7 @@ from metalearn.algorithms import (
     MMAML,
     TSAMAML,
     MatchingNet,
+    MetaLSTM,
     MetaSGD,
     MTNet,
     ProtoNet,
@@ -48,6 +49,7 @@ GATED: dict[str, Any] = {
     "xi": 0.1,
 }
 MODULATED: dict[str, Any] = {**STEPS, "hidden": 2, "example_filters": 1, "inner_clip": 0.01}
+OPTIMIZER: dict[str, Any] = {"inner_batch": 3, "divide_grad_by_batch": True, "recompute": True}
 SITES = ["input", "block1", "block2", "feat", "head"]
 
 
@@ -134,6 +136,8 @@ ALGORITHMS = [
         exact=True,
         arrange=apart,
     ),
+    Row("meta_lstm", MetaLSTM, {"inner_steps": 2, "test_steps": 3, "hidden": 3}),
+    Row("meta_lstm_minibatch", MetaLSTM, {"inner_steps": 2, "test_steps": 3, "hidden": 3, **OPTIMIZER}),
     Row("protonet", ProtoNet, {}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet", MatchingNet, {"scale": 10.0}, static=True, exact=True, passes=([], SITES[:-1])),
     Row("matchingnet_sum", MatchingNet, {"attention": "sum_cos"}, static=True, exact=True, passes=([], SITES[:-1])),

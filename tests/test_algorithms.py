@@ -77,7 +77,7 @@ def test_chunks_change_nothing(case, fits):
     learner, batch = trained(case)
     whole = meta_gradient(learner, batch), every_score(learner, batch)
     assert len(learner.chunks(batch.episodes)) == 1
-    learner.chunk_bytes = fits * learner.net.activation_bytes(batch.episodes.query.x.shape[1])
+    learner.chunk_bytes = fits * learner.task_bytes(batch.episodes)
     assert len(learner.chunks(batch.episodes)) == (5 if fits == 1 else 2)
     assert_close((meta_gradient(learner, batch), every_score(learner, batch)), whole)
 
@@ -206,7 +206,7 @@ def test_only_batch_statistics_mix_queries(case, bn):
     predict, x = predictions(learner, batch.episodes, bn), batch.episodes.query.x
     mixed = torch.cat([x[:, :1], other[:, 1:]], 1)
     moved = float((predict(mixed)[:, 0] - predict(x)[:, 0]).detach().abs().max())
-    assert moved > 1e-3 if bn == "batch" else moved < oracles.ROUNDING
+    assert moved > 1e-5 if bn == "batch" else moved < oracles.ROUNDING
     order = torch.randperm(x.shape[1], generator=oracles.generator(0))
     assert_close(predict(x[:, order]), predict(x)[:, order])
 
@@ -255,7 +255,7 @@ def test_divergence_names_its_place_and_spoils_nothing(case):
     for part in batch.episodes[:2]:
         part.x[2] = math.nan
     place = "query loss of task 2 is not finite at meta-step 1" + (
-        "" if ROWS[case[0]].static else f", algorithm.alpha = {learner.alpha}"
+        f", algorithm.alpha = {learner.alpha}" if hasattr(learner, "alpha") else ""
     )
     with pytest.raises(Diverged, match=place):
         step(learner, batch)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import distance
 
-from metalearn.algorithms import MAML, TSAMAML, MetaSGD, MTNet, Reptile, TNet
+from metalearn.algorithms import IMAML, MAML, TSAMAML, MetaLSTM, MetaSGD, MTNet, Reptile, TNet
 from metalearn.algorithms.tsa_maml import GROUP
 from metalearn.compiled import TOLERANCE, Compiler
 from metalearn.meta_gradient import meta_gradient
@@ -17,9 +17,9 @@ pytestmark = pytest.mark.skipif(not any(map(shutil.which, ("c++", "g++", "clang+
 
 
 def sinusoid(algorithm, **options):
-    learner = oracles.build(
-        algorithm, oracles.MLP(input_shape=(2,), outputs=1, hidden=[4, 3]).double(), "regression", alpha=0.05, **options
-    )
+    alpha = {} if algorithm is MetaLSTM else {"alpha": 0.05}
+    net = oracles.MLP(input_shape=(2,), outputs=1, hidden=[4, 3]).double()
+    learner = oracles.build(algorithm, net, "regression", **alpha, **options)
     return learner, oracles.meta_batch(oracles.curves(3, seed=1))
 
 
@@ -98,6 +98,24 @@ def test_groups_are_found_or_given(compiler, caplog, given):
         assert not given or chosen == tuple(groups)
         learner.place(deltas[1:])
     assert len(seen) == 2 and len(compiler.programs) == 1 and "are compiled" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)  # the compiler's, on a busy machine
+def test_reports_of_the_derivative_are_outputs(compiler, caplog):
+    """iMAML's arise while the loss is differentiated."""
+    learner, batch = sinusoid(IMAML, inner_steps=1, lam=1.0, cg_steps=2)
+    assert_same(learner, batch, compiler)
+    learner.compiler = None
+    oracles.assert_close(compiler(learner, batch.episodes, batch)[1].aux, meta_gradient(learner, batch).aux)
+    assert "are compiled" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_learned_optimizer(compiler, caplog):
+    assert_same(*sinusoid(MetaLSTM, inner_steps=2, hidden=4, inner_batch=2), compiler)
+    assert "are compiled" in caplog.text
 
 
 def test_a_step_that_cannot_be_compiled_stays_plain(compiler, caplog, monkeypatch):

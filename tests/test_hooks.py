@@ -69,7 +69,7 @@ def test_a_penalty_that_couples_tasks(case, fits):
     out = learner.task_loss(theta, batch.episodes, batch.key)
     objective = out.loss.mean() + mixing_penalty(learner, theta, batch.episodes, out)
     expected = torch.autograd.grad(objective, list(learner.parameters()), materialize_grads=True)
-    learner.chunk_bytes = fits * learner.net.activation_bytes(batch.episodes.query.x.shape[1])
+    learner.chunk_bytes = fits * learner.task_bytes(batch.episodes)
     result = meta_gradient(learner, batch)
     assert_close((result.grads, result.loss), (list(expected), out.loss.detach()))
 
@@ -94,7 +94,7 @@ def test_an_outer_objective_that_couples_tasks(case, fits):
     out = learner.task_loss(learner.theta(), batch.episodes, batch.key)
     objective = soft_maximum(learner, learner.theta(), batch.episodes, out)
     expected = torch.autograd.grad(objective, list(learner.parameters()), materialize_grads=True)
-    learner.chunk_bytes = fits * learner.net.activation_bytes(batch.episodes.query.x.shape[1])
+    learner.chunk_bytes = fits * learner.task_bytes(batch.episodes)
     assert len(learner.chunks(batch.episodes)) == {1: 5, 3: 2, 5: 1}[fits]
     assert_close(meta_gradient(learner, batch).grads, list(expected))
 

@@ -4,6 +4,7 @@ from metalearn.algorithms.hsml import HSML
 from metalearn.algorithms.imaml import IMAML
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.matchingnet import MatchingNet
+from metalearn.algorithms.meta_lstm import MetaLSTM
 from metalearn.algorithms.meta_sgd import MetaSGD
 from metalearn.algorithms.mmaml import MMAML
 from metalearn.algorithms.protonet import ProtoNet
@@ -19,6 +20,7 @@ __all__ = [
     "TSAMAML",
     "MTNet",
     "MatchingNet",
+    "MetaLSTM",
     "MetaSGD",
     "ProtoNet",
     "Reptile",

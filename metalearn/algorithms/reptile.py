@@ -105,7 +105,7 @@ class Reptile(MetaLearner):
         trajectory, loss = [phi], phi[next(iter(phi))].new_zeros(tasks)
         rows = None if key is None or size is None else minibatches(key.sub("minibatch"), n, size, steps)
         for step in range(steps):
-            x, y = (pool.x, pool.y) if rows is None else _take(pool, rows[:, step])
+            x, y = (pool.x, pool.y) if rows is None else take(pool, rows[:, step])
             with torch.enable_grad():
                 phi = {k: p.detach().requires_grad_() for k, p in phi.items()}
                 value = self.inner_loss(self.run_net(own | phi, x, when="inner", norm=norm), y)
@@ -133,7 +133,8 @@ class Reptile(MetaLearner):
         return (second, taken), {k: scale * g / (second[k].sqrt() + EPS) for k, g in grads.items()}
 
 
-def _take(pool: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
+def take(pool: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of each task's rows, `[B, size]`."""
     task = torch.arange(len(rows), device=rows.device)[:, None]
     return pool.x[task, rows], pool.y[task, rows]
 

@@ -62,12 +62,11 @@ class Algorithm:
 
 
 @dataclass
-class InnerLoop(Algorithm):
-    """Algorithms that adapt by gradient steps."""
+class Steps(Algorithm):
+    """Algorithms that adapt parameters of the network step by step."""
 
     displaces: ClassVar[bool] = True
 
-    alpha: float = key(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
     inner_steps: int = key(1, "inner steps in training", ge=0)
     test_steps: int = key(3, "inner steps in validation and test", ge=0)
     inner_loss_reduction: str = key(
@@ -84,6 +83,13 @@ class InnerLoop(Algorithm):
         kind = member_of("dataset", run["dataset"]).kind_of(run["dataset"])
         if algorithm["inner_loss_reduction"] != "mean" and kind == "regression":
             yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
+
+
+@dataclass
+class InnerLoop(Steps):
+    """Algorithms that adapt by gradient steps of a given size."""
+
+    alpha: float = key(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
 
 
 @dataclass
@@ -278,6 +284,24 @@ class MTNet(TNet):
 
 
 @dataclass
+class MetaLSTM(Steps):
+    """metalearn.algorithms.MetaLSTM."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MetaLSTM"
+
+    inner_steps: int = key(12, "steps T of the learned optimizer in training", ge=0)
+    test_steps: int = key(12, "steps of the learned optimizer in validation and test", ge=0)
+    hidden: int = key(20, "width of the optimizer's LSTM", ge=1)
+    inner_batch: int | None = key(None, "examples of a minibatch; null for the whole support set", ge=1)
+    divide_grad_by_batch: bool = key(
+        False, "divide the gradient of the mean loss by the size of the minibatch once more, as the released code does"
+    )
+    preprocess_p: float = key(10.0, "gradients and losses below e^-p are not taken to their logarithm", gt=0)
+    bn_momentum: float = key(0.9, "weight of the newest minibatch in an episode's running averages", gt=0, le=1)
+    bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
+
+
+@dataclass
 class Reptile(InnerLoop):
     """metalearn.algorithms.Reptile."""
 
@@ -331,4 +355,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, TNet, MTNet, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML)
+ALGORITHMS = (MAML, MetaSGD, TNet, MTNet, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML, MetaLSTM)
