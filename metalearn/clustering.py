@@ -29,7 +29,6 @@ import torch.nn.functional as F
 from scipy.sparse.linalg import LinearOperator, eigsh
 from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics.cluster import contingency_matrix
 from torch import Tensor
 
 COLUMNS, ROWS = 4096, 2048
@@ -257,9 +256,17 @@ def centroids(vectors: Vectors, labels: Tensor, m: int) -> tuple[Tensor, float]:
     return means, inertia
 
 
+def majority(labels: Tensor, truth: Tensor) -> Tensor:
+    """Whether each vector's true group is the most frequent one of its cluster: `[n]` of 0 and 1 in float64."""
+    labels, truth = labels.cpu(), truth.cpu()
+    clusters, groups = int(labels.max()) + 1, int(truth.max()) + 1
+    counts = (labels * groups + truth).bincount(minlength=clusters * groups).unflatten(0, (clusters, groups))
+    return (counts.argmax(1)[labels] == truth).double()
+
+
 def purity(labels: Tensor, truth: Tensor) -> float:
     """Fraction of vectors whose true group is the most frequent one of their cluster; 1 if every cluster is pure."""
-    return float(contingency_matrix(truth.cpu(), labels.cpu()).max(0).sum() / len(labels))
+    return float(majority(labels, truth).mean())
 
 
 def _ranks(n: int, d: int, m: int, directions: Sequence[int] | None) -> list[int]:

@@ -29,6 +29,7 @@ from metalearn.random import Key, TaskKey
 from metalearn.regularizers import Regularizer
 
 if TYPE_CHECKING:
+    from metalearn.analysis import Analysis
     from metalearn.data import Episodes
 
 T = TypeVar("T")
@@ -191,6 +192,10 @@ class MetaLearner(pl.LightningModule, ABC):
     def begin(self, pieces: Iterator[Piece]) -> dict[str, float]:
         """Take in the pieces of the last phase; returns what the log says of them."""
         return {}
+
+    def analyse(self, data: Episodes) -> Analysis | None:
+        """What a run says at its end of the trained parameters, beyond scores; default: nothing."""
+        return None
 
     # ---- shared pieces -------------------------------------------------------------------------------------------
 

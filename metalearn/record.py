@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from metalearn.cells import Cell, config_hash
-from metalearn.evaluation.metrics import qualifiers_of, summarize
+from metalearn.evaluation.metrics import UNITS, qualifiers_of, summarize
 from metalearn.ledger import CellDir
 from metalearn.schema import fields_of, member_of
 
@@ -144,9 +144,11 @@ def table(result: Config, directory: CellDir) -> str:
     for (name, q), m in zip(names, result["metrics"].values(), strict=True):
         step = q.get("step", str(protocol["test_steps"]))
         where = (q.get("bn", protocol["bn"]), step, *([q.get("group", "all")] if grouped else []))
+        if name not in UNITS:  # about the run, not a score of adapted parameters
+            where = ("", "", *([""] if grouped else []))
         if int(step) in shown:
             rows.append((name, number(m["mean"]), "+- " + number(m["ci95"]), str(m["n"]), *where))
-    rows[1:] = sorted(rows[1:], key=lambda r: (r[4] != protocol["bn"], r[4], int(r[5])))
+    rows[1:] = sorted(rows[1:], key=lambda r: (not r[4], r[4] != protocol["bn"], r[4], int(r[5] or 0)))
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     aligned = [
         [c.ljust(w) if i in (0, 4, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))]

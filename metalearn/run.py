@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from pytorch_lightning.loggers import Logger
 
+from metalearn.analysis import Analysis, adaptation, adaptation_figure
+from metalearn.analysis import write as write_analysis
 from metalearn.cells import Cell
 from metalearn.compiled import Compiler
 from metalearn.data import Episodes
@@ -175,6 +177,8 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
     if main:
         rows = episode_rows(recorder, learner, dataset)
         result = result_of(cell, learner, recorder, rows, code, modes[0], step, recorder.elapsed, error)
+        if error is None and (found := learner.to(trainer.strategy.root_device).analyse(data)) is not None:
+            result["metrics"] |= _analysis(found, rows, learner.metric_name, directory)
         certificate = read_json(directory.path / "certificate.json")
         _write_result(directory, rows, result | ({"certificate": certificate} if certificate else {}), logger)
     return "done" if error is None else "diverged"
@@ -266,6 +270,15 @@ def episode_rows(recorder: Recorder, learner: MetaLearner, dataset: Dataset) -> 
         )
     columns = ["episode", "bn", "step", "metric", "value", "loss", "group"]
     return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _analysis(found: Analysis, rows: pd.DataFrame, metric: str, directory: CellDir) -> dict[str, dict[str, Any]]:
+    """Write what the algorithm found, and how adaptation goes; returns its numbers for the result."""
+    curves = adaptation(rows)
+    data = found.data | {"adaptation": curves}
+    figures = found.figures | {"adaptation": adaptation_figure(curves, metric)}
+    write_analysis(Analysis(found.metrics, data, figures), directory.path)
+    return found.metrics
 
 
 def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger: Logger | None) -> None:

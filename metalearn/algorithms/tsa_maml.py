@@ -8,15 +8,16 @@ the support set; the D^ts in the printed objective and Algorithm 1 is read as a 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from metalearn.algorithms.maml import MAML
-from metalearn.clustering import Vectors, centroids, cluster, purity
+from metalearn.clustering import Vectors, centroids, cluster, majority
 from metalearn.data import Episodes
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
+from metalearn.evaluation.metrics import TaskMean
 from metalearn.functional import Trajectory, per_task
 from metalearn.learner import Diverged
 from metalearn.meta_gradient import MetaGradient
@@ -25,6 +26,9 @@ from metalearn.phases import Phase, Piece
 from metalearn.queues import Queues
 from metalearn.random import TaskKey
 from metalearn.schema import BadInput
+
+if TYPE_CHECKING:
+    from metalearn.analysis import Analysis
 
 GROUP = "chosen_group"
 PIECE = 64  # tasks that are adapted and kept at once before training; changes rounding alone
@@ -243,7 +247,13 @@ class TSAMAML(MAML):
         (found,) = pieces
         self.place(found["centres"].to(self.centres))
         self.clusters = {k: v for k, v in found.items() if k.startswith("cluster_")}
-        return {k: v for k, v in self.clusters.items() if isinstance(v, float)}
+        return {k: v["mean"] for k, v in self.clusters.items() if isinstance(v, dict)}
+
+    def analyse(self, data: Episodes) -> Analysis:
+        """Usage of the initialisations, purities, and how alike tasks of one group are."""
+        from metalearn.evaluation import routing
+
+        return routing.analyse(self, data)
 
     # ---- state -------------------------------------------------------------------------------------------------------
 
@@ -293,8 +303,8 @@ def clustered(pieces: Iterator[Piece], n: int, m: int, compared: slice, seed: in
         groups += [piece["group"]] if "group" in piece else []
     assert vectors is not None
     found = cluster(vectors.part(compared), m, seed=seed)
-    stats: Piece = {"cluster_silhouette": float(found.silhouette.double().mean())}
+    stats: Piece = {"cluster_silhouette": TaskMean(found.silhouette.tolist()).compute("1")}
     stats["cluster_sizes"] = found.labels.bincount(minlength=m).tolist()
     if groups:
-        stats["cluster_purity"] = purity(found.labels, torch.cat(groups).to(found.labels.device))
+        stats["cluster_purity"] = TaskMean(majority(found.labels, torch.cat(groups)).tolist()).compute("fraction")
     return {"centres": centroids(vectors, found.labels, m)[0], "labels": found.labels} | stats
