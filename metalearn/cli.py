@@ -74,7 +74,8 @@ def _main(arguments: list[str]) -> int:
     folders = [parsed.config_dir] if parsed.config_dir else []
     found = cells.expand(overrides, folders, to_run=not parsed.cfg)
     many = parsed.multirun or len(found) > 1
-    flags = FLAGS[:] = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
+    flags = [a for a in arguments if a not in (*overrides, "-m", "--multirun") or cells.is_hydra(a)]
+    flags = FLAGS[:] = sorted(flags, key=cells.is_hydra)  # argparse wants all overrides in one place, after the options
     if parsed.cfg:
         return _hydra([*flags, *found[0].overrides])
     pending = sweeper.PENDING[:] = sweeper.unfinished(found)
@@ -87,7 +88,7 @@ def _main(arguments: list[str]) -> int:
         _refuse_files(cell.config["output_dir"])
     if pending:
         place = [o for o in found[0].overrides if o.startswith("output_dir=")]
-        _hydra([*flags, "--multirun", *place] if many else [*flags, *found[0].overrides])
+        _hydra(["--multirun", *flags, *place] if many else [*flags, *found[0].overrides])
     if many:
         _summary(found)
     return _exit_code(found)

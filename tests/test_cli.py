@@ -294,6 +294,18 @@ def test_a_users_own_folder(call, tmp_path):
         assert settings(tmp_path / str(i)) == expected
 
 
+def test_options_and_hydras_own_overrides_in_any_order(call, tmp_path):
+    """In a sweep of a mixture, whose members come from several files, one of them in a folder of one's own."""
+    (tmp_path / "conf" / "dataset").mkdir(parents=True)
+    (tmp_path / "conf" / "dataset" / "mine.yaml").write_text("defaults: [/schema/dataset/sinusoid@_here_, _self_]\n")
+    given = ["hydra.verbose=false", "--config-dir", str(tmp_path / "conf"), "hydra.job.name=x"]
+    members = ["dataset=mixture", "dataset.members=[mine,sinusoid]", "backbone=mlp_sine"]
+    code, _, err = call("-m", *given, *ran(tmp_path, *members))
+    assert code == 0, err
+    (found,) = results(tmp_path).values()
+    assert set(found["config"]["dataset"]["arguments"]) == {"mine", "sinusoid"}
+
+
 def test_a_cell_that_another_process_runs_is_left_to_it(call, tmp_path):
     (cell,) = cells.expand(ran(tmp_path))
     held = CellDir(tmp_path, cell.cell_id)
