@@ -6,13 +6,14 @@ import io
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from metalearn.cells import Cell, Given
 from metalearn.learner import Diverged
-from metalearn.ledger import Busy, CellDir, Found, given_checkpoint, trained_by, trained_parameters
+from metalearn.ledger import Busy, CellDir, Found, given_checkpoint, read_json, trained_by, trained_parameters
 from metalearn.schema import BadInput
 
 POLL_SECONDS = 5.0  # between looks at a cell that another process trains
@@ -41,15 +42,35 @@ def ready(cell: Cell, directory: CellDir, run: Run) -> list[State]:
         RuntimeError: if a needed cell failed.
         BadInput: for a given checkpoint that is none, or has changed since the cell was named.
     """
-    return [_given(need) if isinstance(need, Given) else _trained(need, directory, run) for need in cell.needs]
+    return [_given(need, cell) if isinstance(need, Given) else _trained(need, directory, run) for need in cell.needs]
 
 
-def _given(need: Given) -> State:
+SIZES = ("name", "root", "way", "shot", "queries", "test_way", "test_shot", "test_queries", "label_assignment")
+"""Keys of a data set that do not say which examples are for training."""
+
+
+def _same_data(need: Given, cell: Cell, refusal: str) -> None:
+    """Refuse parameters of a run on other data: its training classes may be this run's test classes."""
+    result = read_json(Path(need.path) / "result.json")
+    if result is None:  # a bare file says nothing of its data
+        return
+    here, there = cell.config["dataset"], result["config"]["dataset"]
+    if result["data_hash"] != cell.data_hash:
+        raise BadInput(f"{refusal}it was trained on other data ({there['name']}) than this run ({here['name']})")
+    for key in sorted((here.keys() | there.keys()) - set(SIZES)):
+        if here.get(key) != there.get(key):
+            raise BadInput(
+                f"{refusal}it was trained with dataset.{key}={there.get(key)}, and this run has {here.get(key)}"
+            )
+
+
+def _given(need: Given, cell: Cell) -> State:
     refusal = f"{need.key}={need.path}: "
     try:
         found = given_checkpoint(need.path)
     except ValueError as error:
         raise BadInput(refusal + str(error)) from None
+    _same_data(need, cell, refusal)
     if found.sha256 != need.sha256:
         raise BadInput(refusal + "its contents have changed since this run was named; run the command again")
     try:

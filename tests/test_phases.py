@@ -7,7 +7,7 @@ import pytest
 import torch
 from runs import assert_same_bits, assert_twins, cell_of, checkpoint, folder, result
 
-from metalearn import phases, prerequisites, training
+from metalearn import prerequisites, training
 from metalearn.cells import expand
 from metalearn.ledger import CellDir, Checkpoints, write_json
 from metalearn.phases import Phase, forget, products
@@ -299,6 +299,16 @@ def test_what_cannot_be_started_from_is_refused(tmp_path, twin):
         run(wider)
 
 
+def test_parameters_of_other_data_are_refused(tmp_path):
+    """Their training classes may be this run's test classes."""
+    cell = cell_of(tmp_path, "trainer.max_steps=1", "dataset.variant=reptile", "dataset.shot=6")
+    assert run(cell) == "done"
+    wanted = cell_of(tmp_path, *TSA, f"algorithm.pretrained={tmp_path / 'runs' / cell.cell_id}")
+    directory = CellDir(tmp_path, wanted.cell_id)
+    with pytest.raises(BadInput, match="it was trained with dataset.variant=reptile, and this run has finn"):
+        prerequisites.ready(wanted, directory, run)
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -315,4 +325,4 @@ def test_what_cannot_be_is_refused(tmp_path, override, message):
 
 def test_errors_of_this_module_are_divergence():
     """So that a cell records them as its result."""
-    assert issubclass(NoStart, prerequisites.Diverged) and phases.Piece is not None
+    assert issubclass(NoStart, prerequisites.Diverged)

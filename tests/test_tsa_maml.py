@@ -9,7 +9,7 @@ import pytest
 import torch
 from oracles import assert_close, forms, linear_form, meta_batch, normal, outer_gradient, quadratic
 from runs import cell_of, checkpoint
-from table import ROWS, assert_same_bits, bits, create, tasks_for
+from table import assert_same_bits, bits, create, tasks_for, trained
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -224,16 +224,15 @@ def test_one_group_starts_at_the_mean_of_the_adapted_parameters():
 
 
 def test_displacements_cluster_as_adapted_parameters_do():
-    """TS2."""
-    theta, phi = 3 * normal(50, seed=0), normal(60, 50, seed=1)
-    phi = (theta + phi + 2 * normal(3, 50, seed=2)[torch.arange(60) % 3]).float()
+    """TS2: k-means of theta* + Delta, stored by their differences from zero, and of Delta."""
+    theta, delta = 3 * normal(50, seed=0), normal(60, 50, seed=1) + 2 * normal(3, 50, seed=2)[torch.arange(60) % 3]
     found = []
-    for origin in (theta.float(), torch.zeros(50)):
-        vectors = clustering.Vectors(origin, 60)
-        vectors.add(phi if origin.any() else phi - theta.float())
+    for points in (theta + delta, delta):
+        vectors = clustering.Vectors(torch.zeros(50), 60)
+        vectors.add(points.float())
         found.append(clustering.cluster(vectors, 3))
     assert torch.equal(found[0].labels, found[1].labels)
-    torch.testing.assert_close(found[0].centroids, found[1].centroids + theta.float(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(found[0].centroids, found[1].centroids + theta.float(), rtol=2**-11, atol=2**-8)
 
 
 def test_stored_vectors_come_back_as_they_are():
@@ -387,7 +386,17 @@ def test_only_a_network_of_the_same_shape_is_inherited():
         learner.inherit([wider])
     with pytest.raises(BadInput, match="net.block1.conv.weight is absent there"):
         learner.inherit([{}])
-    assert ROWS[CASE[0]].arguments["m"] == 2
+    with pytest.raises(BadInput, match="must be a run of maml, and it has gates, too"):
+        learner.inherit([state | {"gates.weight": torch.zeros(1)}])
+
+
+def test_running_averages_are_inherited():
+    """With no training of its own, mode `running` uses MAML's."""
+    maml, _ = trained(("maml", "classification"))
+    learner = create(CASE)
+    learner.inherit([maml.state_dict()])
+    assert_same_bits(dict(learner.running.named_buffers()), dict(maml.running.named_buffers()))
+    assert int(learner.running.steps) == 1
 
 
 def test_without_training_the_groups_are_the_centres(tmp_path):

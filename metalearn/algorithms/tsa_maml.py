@@ -212,6 +212,8 @@ class TSAMAML(MAML):
     def inherit(self, states: Sequence[dict[str, Any]]) -> None:
         """Take theta* from a run of MAML, and what it learned inside a regularizer."""
         (state,) = states
+        if foreign := {name.partition(".")[0] for name in state} - {"net", "regularizer", "running"}:
+            raise BadInput(f"algorithm.pretrained: must be a run of maml, and it has {', '.join(sorted(foreign))}, too")
         own = {k: p for k, p in self.named_parameters() if not k.startswith("groups.")}
         for name, parameter in own.items():
             there = list(state[name].shape) if name in state else "absent"
@@ -220,6 +222,8 @@ class TSAMAML(MAML):
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(state[name])
+            for name, average in self.running.named_buffers():
+                average.copy_(state[f"running.{name}"])
 
     def phases(self, data: Episodes) -> list[Phase]:
         """Collect the displacements of training tasks; then cluster them."""

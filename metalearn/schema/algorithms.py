@@ -263,6 +263,9 @@ class TSAMAML(MAML):
             yield f"trainer.devices={run['trainer']['devices']}: must be 1 with tsa_maml"
         if algorithm["tasks"] < algorithm["m"]:
             yield f"algorithm.tasks={algorithm['tasks']}: must be >= algorithm.m={algorithm['m']}"
+        for name in ("alpha", "id_steps"):
+            if algorithm["m"] > 1 and not algorithm[name]:
+                yield f"algorithm.{name}={algorithm[name]}: must be > 0 with algorithm.m > 1, or no two tasks differ"
 
 
 @dataclass
@@ -341,6 +344,7 @@ class MatchingNet(Algorithm):
     """metalearn.algorithms.MatchingNet."""
 
     target: ClassVar[str] = "metalearn.algorithms.MatchingNet"
+    epoch: ClassVar[int] = 2  # context embeddings of chunks on threads were wrong before
     needs_head: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
 
