@@ -64,7 +64,7 @@ def times(step, n):
 """
 
 MEMORY = """
-learner, batch = omniglot({learner}, 8, 15, inner_steps={steps}, chunk_bytes=1)
+learner, batch = omniglot({learner}, inner_steps={steps}, chunk_bytes=1)
 optimizer = learner.configure_optimizers()
 def status(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
@@ -93,7 +93,11 @@ def memory() -> None:
     """Memory beyond what the process has before its first meta-step; 8 tasks, one at a time."""
     print("| inner steps | MAML: MB | recomputed: MB | iMAML: MB | times, of MAML's: recomputed | iMAML |")
     print("| --- | --- | --- | --- | --- | --- |")
-    learners = ("MAML, alpha=0.01", "MAML, alpha=0.01, recompute=True", "IMAML, alpha=0.01, lam=2.0")
+    learners = (
+        "MAML, 8, 15, alpha=0.01",
+        "MAML, 8, 15, alpha=0.01, recompute=True",
+        "IMAML, 8, 15, alpha=0.01, lam=2.0",
+    )
     for steps in (1, 4, 16, 64):
         found = [child(MEMORY.format(learner=args, steps=steps), OMP_NUM_THREADS="1") for args in learners]
         kept, again, implicit = (f"{one['mb']:.0f}" for one in found)

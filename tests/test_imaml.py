@@ -25,10 +25,12 @@ from test_hooks import Gate
 from torch import Tensor
 
 from metalearn.algorithms import IMAML, MAML
+from metalearn.cells import expand
 from metalearn.episode import Episode
 from metalearn.functional import conjugate_gradient, hvp, per_task, task_dot, unrolled
 from metalearn.learner import Diverged
 from metalearn.meta_gradient import meta_gradient, objective
+from metalearn.schema import BadInput
 
 EYE = torch.eye(3, dtype=torch.float64)
 SOLVED: dict[str, Any] = {"lam": 10.0, "alpha": 0.08, "inner_steps": 30, "cg_steps": 20, "cg_tolerance": 1e-26}
@@ -335,6 +337,14 @@ def test_divergence_says_which_step_would_not():
         Diverged, match=r"algorithm.alpha = 1000.0.*alpha < 2 / \(lambda_max \+ lam\), which is at most 1:"
     ):
         step(learner, meta_batch(episodes))
+
+
+@pytest.mark.usefixtures("compose_once")
+def test_a_step_beyond_the_proximal_term_alone_is_refused():
+    """Before anything is run: curvature that is not negative only makes it worse."""
+    for name in ("lam", "test_lam"):
+        with pytest.raises(BadInput, match=f"algorithm.alpha=1.0: must be < 2 / algorithm.{name} = 0.5"):
+            expand(["algorithm=imaml", "algorithm.alpha=1.0", "algorithm.lam=1.0", f"algorithm.{name}=4.0"])
 
 
 def test_the_proximal_weight_is_positive():
