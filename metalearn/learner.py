@@ -31,6 +31,7 @@ from metalearn.regularizers import Regularizer
 if TYPE_CHECKING:
     from metalearn.analysis import Analysis
     from metalearn.data import Episodes
+    from metalearn.datasets.base import Dataset
 
 T = TypeVar("T")
 CHUNK_BYTES = {"cpu": 12 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
@@ -69,7 +70,8 @@ class MetaLearner(pl.LightningModule, ABC):
     """Whether `task_loss` takes meta-parameters with a task axis, leaf by leaf; if not, the gradients of single tasks
     (see `combine`, and `Regularizer.task_gradients`) are computed one task at a time."""
     latent_reads: ClassVar[tuple[str, ...]] = ()
-    """What `updates` puts into `latent` for `task_loss`: the algorithm's own, found from support sets alone."""
+    """What `task_loss` reads of `latent`: what `updates` put there, found from support sets alone; or `class_ids`,
+    where they are the labels that are learned."""
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
 
     def __init__(
@@ -196,6 +198,11 @@ class MetaLearner(pl.LightningModule, ABC):
     def analyse(self, data: Episodes) -> Analysis | None:
         """What a run says at its end of the trained parameters, beyond scores; default: nothing."""
         return None
+
+    @classmethod
+    def head_width(cls, dataset: Dataset, arguments: dict[str, Any]) -> int:
+        """Outputs of the network for a learner of these arguments on a data set's training tasks; 0 for no head."""
+        return dataset.outputs("train") if cls.needs_head else 0
 
     # ---- shared pieces -------------------------------------------------------------------------------------------
 

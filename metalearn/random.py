@@ -151,6 +151,10 @@ class TaskKey:
         """An independent stream with the same coordinates."""
         return TaskKey(self.key.sub(name), self.step, self.task)
 
+    def uniform(self, n: int, *, low: float = 0.0, high: float = 1.0) -> Tensor:
+        """`[B, n]` float32 draws from U[low, high)."""
+        return self.key.uniform(n, self.step, self.task, low=low, high=high)
+
     def logistic(self, n: int) -> Tensor:
         """`[B, n]` float32 draws from the standard logistic law."""
         return self.key.logistic(n, self.step, self.task)

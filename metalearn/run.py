@@ -49,7 +49,7 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
     """Network, regularizer and algorithm, with the run's initial parameters."""
     section, trainer = config["algorithm"], config["trainer"]
     module, name = section["_target_"].rsplit(".", 1)
-    outputs = dataset.outputs("train") if getattr(import_module(module), name).needs_head else 0
+    outputs = getattr(import_module(module), name).head_width(dataset, section)
     net = build("backbone", config["backbone"], input_shape=dataset.input_shape, outputs=outputs)
     learner = build(
         "algorithm",

@@ -99,13 +99,14 @@ def normal(*shape: int, seed: int) -> Tensor:
 
 
 def pictures(tasks: int = 4, *, way: int = 3, shot: int = 2, queries: int = 2, side: int = 6, seed: int = 0) -> Episode:
-    """Classification of noise, with two channels."""
+    """Classification of noise, with two channels, of seven classes (or as many as there are labels)."""
 
     def part(each: int, seed: int) -> Examples:
         y = torch.arange(way).repeat_interleave(each).expand(tasks, -1)
         return Examples(normal(tasks, way * each, 2, side, side, seed=seed), y)
 
-    return Episode(part(shot, 2 * seed), part(queries, 2 * seed + 1), {})
+    ids = normal(tasks, max(7, way), seed=2 * seed + 1000).argsort(1)[:, :way]
+    return Episode(part(shot, 2 * seed), part(queries, 2 * seed + 1), {"class_ids": ids})
 
 
 def curves(tasks: int = 4, *, shot: int = 5, queries: int = 7, inputs: int = 2, seed: int = 0) -> Episode:

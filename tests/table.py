@@ -11,6 +11,7 @@ from oracles import build, meta_batch
 from torch import Tensor
 
 from metalearn.algorithms import (
+    ERM,
     HSML,
     IMAML,
     MAML,
@@ -50,6 +51,7 @@ GATED: dict[str, Any] = {
 }
 MODULATED: dict[str, Any] = {**STEPS, "hidden": 2, "example_filters": 1, "inner_clip": 0.01}
 OPTIMIZER: dict[str, Any] = {"inner_batch": 3, "divide_grad_by_batch": True, "recompute": True}
+TUNED: dict[str, Any] = {"alpha": 0.3, "test_steps": 3}
 SITES = ["input", "block1", "block2", "feat", "head"]
 
 
@@ -63,7 +65,8 @@ class Row(NamedTuple):
     steps; None where they are not those of one network. silent: parts of the names of those meta-parameters whose
     gradient is exactly zero (a convolution's bias before batch norm). exact: the outer gradient is the slope of the
     outer objective; first-order methods' is not. couples: the outer gradient is no mean over tasks. arrange: what
-    training finds before its first meta-step, in place of that.
+    training finds before its first meta-step, in place of that. classes: outputs of the head that is learned on
+    pictures.
     """
 
     name: str
@@ -78,6 +81,11 @@ class Row(NamedTuple):
     exact: bool = False
     couples: bool = False
     arrange: Callable[[Any], None] = lambda learner: None
+    classes: int = 3
+
+    def outputs(self, kind: str) -> int:
+        """Width of the network's head, 0 for none."""
+        return (self.classes if kind == "classification" else 1) if self.cls.needs_head else 0
 
 
 def apart(learner: TSAMAML) -> None:
@@ -92,6 +100,9 @@ ALGORITHMS = [
     Row("maml", MAML, STEPS, joint=True, exact=True),
     Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
     Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
+    Row("erm", ERM, TUNED, exact=True, passes=([], SITES), classes=7),
+    Row("erm_drawn", ERM, {**TUNED, "new_head": "drawn"}, exact=True, passes=([], SITES), classes=7),
+    Row("erm_fixed_label", ERM, {**TUNED, "form": "fixed_label"}, exact=True, passes=([], SITES)),
     Row("meta_sgd", MetaSGD, STEPS, exact=True),
     Row("tnet", TNet, STEPS, exact=True),
     Row("mtnet", MTNet, STEPS),
@@ -164,8 +175,7 @@ def create(case: Case, net: Any = None, **changes: Any) -> MetaLearner:
     name, kind = case
     row = ROWS[name]
     if net is None:
-        classes, targets = (3, 1) if row.cls.needs_head else (0, 0)
-        net = oracles.conv_net(classes) if kind == "classification" else oracles.mlp(targets)
+        net = (oracles.conv_net if kind == "classification" else oracles.mlp)(row.outputs(kind))
     learner = build(row.cls, net, kind, **{**row.arguments, **changes})
     row.arrange(learner)
     return learner

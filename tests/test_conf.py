@@ -122,7 +122,6 @@ GIVEN = {  # by `build_learner`
     "backbone": {"input_shape", "outputs"},
     "algorithm": {"net", "kind", "regularizer", "chunk_bytes", "recompute", "combine", "seed"},
 }
-STEPS = {"inner_steps", "test_steps", "inner_loss_reduction"}  # no keys of algorithms that do not descend
 
 
 @pytest.mark.parametrize(("group", "schema"), TYPES, ids=lambda v: getattr(v, "__name__", v))
@@ -130,7 +129,7 @@ def test_keys_are_the_constructors_arguments(group, schema):
     keys = fields_of(schema).keys() - set(NOT_ARGUMENTS)
     arguments = constructor(schema)
     assert keys <= arguments.keys()
-    assert arguments.keys() - keys - GIVEN.get(group, set()) in (set(), STEPS if group == "algorithm" else set())
+    assert arguments.keys() - keys - GIVEN.get(group, set()) == getattr(schema, "keyless", set())
     required = {name for name, p in arguments.items() if p.default is p.empty}
     assert required <= keys | GIVEN.get(group, set())
 

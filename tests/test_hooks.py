@@ -190,7 +190,8 @@ def test_a_regularizer_inside_the_network_learns_through_the_inner_loop(case):
 def test_rewritten_episodes_are_learned_and_not_evaluated(case):
     def shift(episodes: Episode, key: TaskKey) -> Episode:
         return Episode(
-            *(Examples(part.x + key.task.view(-1, *[1] * (part.x.dim() - 1)), part.y) for part in episodes[:2]), {}
+            *(Examples(part.x + key.task.view(-1, *[1] * (part.x.dim() - 1)), part.y) for part in episodes[:2]),
+            episodes.latent,
         )
 
     learner, plain = create(case, regularizer=regularizer(episodes=shift)), create(case)

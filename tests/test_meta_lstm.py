@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metalearn.algorithms import MAML, MetaLSTM
 from metalearn.algorithms.meta_lstm import State, preprocess, update
-from metalearn.algorithms.reptile import minibatches
+from metalearn.algorithms.pools import minibatches
 from metalearn.episode import Episode, Examples
 from metalearn.meta_gradient import meta_gradient
 

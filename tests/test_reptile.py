@@ -10,21 +10,17 @@ from table import CASES, assert_same_bits, bits, create, each, select, step, tas
 from torch import nn
 
 from metalearn.algorithms import Reptile
-from metalearn.algorithms.reptile import minibatches
+from metalearn.algorithms.pools import minibatches, pooled
 from metalearn.episode import Episode, Examples
 
 PLAIN: dict[str, Any] = {"inner_optimizer": "sgd", "inner_batch": None, "alpha": 0.2}
-
-
-def pool(episodes: Episode) -> Examples:
-    return Examples(*(torch.cat(parts, 1) for parts in zip(*episodes[:2], strict=True)))
 
 
 def test_one_step_of_reptile_is_joint_training():
     """R1, R2: alpha times the gradient of the mean loss of the union of all pools."""
     learner, episodes = create(("reptile", "regression"), inner_steps=1), oracles.curves()
     theta = {k: p.detach().requires_grad_() for k, p in learner.net.named_parameters()}
-    union = Examples(*(part.flatten(0, 1) for part in pool(episodes)))
+    union = Examples(*(part.flatten(0, 1) for part in pooled(episodes)))
     value = 0.3 * oracles.loss(oracles.forward(learner.net, theta, union.x), union.y)
     expected = torch.autograd.grad(value, list(theta.values()))
     assert_close(list(outer_gradient(learner, episodes).values()), list(expected))
@@ -37,7 +33,7 @@ def test_reptile_moves_to_the_mean_of_plain_loops(case):
     theta = {k: p.detach().requires_grad_() for k, p in learner.net.named_parameters()}
     ends = [
         oracles.descend(learner.net, theta, Examples(x, y), 0.3, 2, list(theta), first_order=True)
-        for x, y in zip(*pool(episodes), strict=True)
+        for x, y in zip(*pooled(episodes), strict=True)
     ]
     step(learner, meta_batch(episodes))
     means = {k: torch.stack([end[k] for end in ends]).mean(0) for k in theta}

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from metalearn.algorithms import MAML, Reptile
-from metalearn.algorithms.reptile import minibatches
+from metalearn.algorithms.pools import minibatches
 from metalearn.episode import Episode, Examples
 from metalearn.learner import MetaLearner
 from metalearn.random import Key

@@ -1,5 +1,6 @@
 """Meta-algorithms, one file each."""
 
+from metalearn.algorithms.erm import ERM
 from metalearn.algorithms.hsml import HSML
 from metalearn.algorithms.imaml import IMAML
 from metalearn.algorithms.maml import MAML
@@ -13,6 +14,7 @@ from metalearn.algorithms.tnet import MTNet, TNet
 from metalearn.algorithms.tsa_maml import TSAMAML
 
 __all__ = [
+    "ERM",
     "HSML",
     "IMAML",
     "MAML",

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from metalearn.algorithms.reptile import minibatches, take
+from metalearn.algorithms.pools import minibatches, take
 from metalearn.episode import Episode, Examples, Params, Theta
 from metalearn.functional import Trajectory, gradient, per_task
 from metalearn.learner import MetaLearner

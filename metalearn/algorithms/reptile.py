@@ -5,6 +5,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from metalearn.algorithms.pools import minibatches, pooled, take
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.functional import Trajectory, gradient, per_task, surrogate
 from metalearn.learner import MetaLearner
@@ -13,19 +14,6 @@ from metalearn.random import TaskKey
 
 BETA2, EPS = 0.999, 1e-8
 Moments = tuple[Params, Tensor]
-
-
-def minibatches(key: TaskKey, n: int, size: int, count: int) -> Tensor:
-    """Rows of the minibatches of each task's pool of n examples.
-
-    Without replacement; the pool is reshuffled whenever it is used up, and a batch may straddle two shuffles, as in
-    the authors' code.
-
-    Returns:
-        `[B, count, size]` int64 in 0..n-1.
-    """
-    orders = key.permutations(n, -(-count * size // n))
-    return orders.flatten(1)[:, : count * size].unflatten(1, (count, size))
 
 
 class Reptile(MetaLearner):
@@ -69,10 +57,8 @@ class Reptile(MetaLearner):
 
     def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
         """A loss whose value is that of the last minibatch and whose gradient in theta is theta - U(theta)."""
-        pool = Examples(
-            torch.cat([episodes.support.x, episodes.query.x], 1), torch.cat([episodes.support.y, episodes.query.y], 1)
-        )
-        trajectory, loss, (second, taken), seen = self._descend(theta, pool, self.inner_steps, self.inner_batch, key)
+        found = self._descend(theta, pooled(episodes), self.inner_steps, self.inner_batch, key)
+        trajectory, loss, (second, taken), seen = found
         start = per_task(theta["net"], episodes.tasks, self.shapes)
         displacement = {k: start[k] - trajectory[-1][k] for k in start}
         state = {**second, "taken": taken.expand(episodes.tasks)} if self.inner_state == "carry" else {}
@@ -105,7 +91,7 @@ class Reptile(MetaLearner):
         trajectory, loss = [phi], phi[next(iter(phi))].new_zeros(tasks)
         rows = None if key is None or size is None else minibatches(key.sub("minibatch"), n, size, steps)
         for step in range(steps):
-            x, y = (pool.x, pool.y) if rows is None else take(pool, rows[:, step])
+            x, y = pool if rows is None else take(pool, rows[:, step])
             with torch.enable_grad():
                 phi = {k: p.detach().requires_grad_() for k, p in phi.items()}
                 value = self.inner_loss(self.run_net(own | phi, x, when="inner", norm=norm), y)
@@ -131,12 +117,6 @@ class Reptile(MetaLearner):
         taken = taken + 1
         scale = self.alpha * torch.sqrt(1 - BETA2**taken)
         return (second, taken), {k: scale * g / (second[k].sqrt() + EPS) for k, g in grads.items()}
-
-
-def take(pool: Examples, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of each task's rows, `[B, size]`."""
-    task = torch.arange(len(rows), device=rows.device)[:, None]
-    return pool.x[task, rows], pool.y[task, rows]
 
 
 def _buffer(name: str) -> str:

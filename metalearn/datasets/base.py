@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metalearn.episode import Episode, Examples
 from metalearn.random import Key
+from metalearn.schema import BadInput
 
 Split = Literal["train", "val", "test"]
 Draw = dict[str, Tensor]
@@ -52,6 +53,14 @@ class Dataset(ABC):
     @abstractmethod
     def outputs(self, split: Split) -> int:
         """Width of the prediction: the way of that split, or the number of target values."""
+
+    def classes(self, split: Split) -> int:
+        """Number of classes of a split; `latent["class_ids"]` `[B, N]` says which of them a task's labels stand for.
+
+        Raises:
+            BadInput: if tasks do not say which classes they are made of.
+        """
+        raise BadInput(f"algorithm.form=global: tasks of {type(self).__name__} do not say which classes they are of")
 
     @abstractmethod
     def draw(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Draw:
@@ -144,6 +153,9 @@ class ImageDataset(Dataset):
     def outputs(self, split: Split) -> int:
         return self._sizes[split][0]
 
+    def classes(self, split: Split) -> int:
+        return len(self.split(split).names)
+
     def _classes(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Tensor:
         way, total = self._sizes[split][0], len(self.split(split).names)
         if split != "train" or self.label_assignment == "mutually_exclusive":
@@ -173,4 +185,6 @@ class ImageDataset(Dataset):
             y = torch.arange(way, device=self.device).repeat_interleave(part.shape[-1]).expand(len(part), -1)
             return Examples(x, y)
 
-        return Episode(examples(rows[..., :shot]), examples(rows[..., shot:]), {"class_ids": draw["class_ids"]})
+        return Episode(
+            examples(rows[..., :shot]), examples(rows[..., shot:]), {"class_ids": draw["class_ids"].to(self.device)}
+        )

@@ -97,6 +97,9 @@ class CIFAR100(ImageDataset):
         """Sixteen hex digits that name the pictures of all classes, whatever they are packed in."""
         return cifar_files.data_hash(self.root)
 
+    def classes(self, split: Split) -> int:
+        return len(classes_of(self.lists)[split])
+
     def load(self, split: Split) -> ClassImages:
         """The pictures of a split, classes in the order of their names."""
         names = classes_of(self.lists)[split]

@@ -98,6 +98,9 @@ class Glyphs(ImageDataset):
         super().__init__(**arguments)
         self.drawings = drawings
 
+    def classes(self, split: Split) -> int:
+        return len(glyph_inventory.classes()[split])
+
     def load(self, split: Split) -> ClassImages:
         """Render the pictures of a split, on the CPU."""
         code_points = glyph_inventory.classes()[split]

@@ -16,6 +16,7 @@ from metalearn.datasets.archives import cached_file, open_members, select
 from metalearn.datasets.base import ClassImages, ImageDataset, Split, one_of
 from metalearn.datasets.omniglot_files import DRAWINGS, PARTS, PICTURE, Checksum, Part
 from metalearn.random import Key
+from metalearn.schema.datasets import OMNIGLOT_CHARACTERS
 
 Variant = Literal["vinyals", "meta_dataset", "lake", "random1200"]
 Resize = Literal["area", "nearest"]
@@ -86,6 +87,10 @@ class Omniglot(ImageDataset):
     def data_hash(self) -> str:
         """Sixteen hex digits that name the published pictures, whatever is made of them here."""
         return omniglot_files.data_hash(self.root, self.parts)
+
+    def classes(self, split: Split) -> int:
+        characters = dict(zip(get_args(Split), OMNIGLOT_CHARACTERS[self.variant], strict=True))
+        return characters[split] * (4 if self.rotations else 1)
 
     def load(self, split: Split) -> ClassImages:
         """The pictures of a split, classes in the order of their names."""

@@ -8,6 +8,7 @@ from metalearn.schema.groups import BN_MODES
 from metalearn.schema.keys import fields_of, key, show
 
 Config = dict[str, Any]
+STEPS = frozenset({"inner_steps", "test_steps", "inner_loss_reduction"})  # of no use where nothing is descended
 
 
 @dataclass
@@ -18,6 +19,8 @@ class Algorithm:
     epoch: ClassVar[int] = 1
     needs_head: ClassVar[bool] = True
     kinds: ClassVar[tuple[str, ...]] = ("classification", "regression")
+    keyless: ClassVar[frozenset[str]] = frozenset()
+    """Arguments of the class that it has no use for, and that have no key."""
     displaces: ClassVar[bool] = False
     """Whether a task's adapted parameters are parameters of the network (what `outer_vector=displacement` needs)."""
 
@@ -44,6 +47,11 @@ class Algorithm:
     def needs(cls, run: Config) -> Iterator[Config | tuple[str, str]]:
         """What a run's training starts from: configurations of runs, or keys and the checkpoints that they name."""
         yield from ()
+
+    @classmethod
+    def keeps_head(cls, algorithm: Config) -> bool:
+        """Whether the head that is learned is the one that new tasks begin with."""
+        return cls.needs_head
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
@@ -77,12 +85,8 @@ class Steps(Algorithm):
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
-        from metalearn.schema.registry import member_of
-
         yield from super().problems(algorithm, run)
-        kind = member_of("dataset", run["dataset"]).kind_of(run["dataset"])
-        if algorithm["inner_loss_reduction"] != "mean" and kind == "regression":
-            yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
+        yield from _wrong_reduction(algorithm, run)
 
 
 @dataclass
@@ -140,6 +144,18 @@ class IMAML(InnerLoop):
                 yield f"algorithm.alpha={algorithm['alpha']}: must be < {bound}, or the proximal term alone diverges"
 
 
+def _wrong_reduction(algorithm: Config, run: Config) -> Iterator[str]:
+    """Why `inner_loss_reduction` has no meaning, if so."""
+    if algorithm["inner_loss_reduction"] != "mean" and _kind(run) == "regression":
+        yield "algorithm.inner_loss_reduction=sum_over_shots: only for classification; use mean for regression"
+
+
+def _kind(run: Config) -> str:
+    from metalearn.schema.registry import member_of
+
+    return str(member_of("dataset", run["dataset"]).kind_of(run["dataset"]))
+
+
 def _adapts_nothing(algorithm: Config, run: Config) -> Iterator[str]:
     """Why `adapted` begins no layer's name, if so."""
     from metalearn.schema.registry import member_of
@@ -147,6 +163,55 @@ def _adapts_nothing(algorithm: Config, run: Config) -> Iterator[str]:
     adapted, layers = algorithm["adapted"], member_of("backbone", run["backbone"]).layers(run["backbone"])
     if layers and not any(f"{layer}.".startswith(adapted) or adapted.startswith(f"{layer}.") for layer in layers):
         yield f"algorithm.adapted={adapted}: must be empty or begin the name of one of {', '.join(layers)}"
+
+
+@dataclass
+class ERM(Algorithm):
+    """metalearn.algorithms.ERM."""
+
+    target: ClassVar[str] = "metalearn.algorithms.ERM"
+    keyless: ClassVar[frozenset[str]] = frozenset({"inner_steps", "first_order"})
+
+    form: str | None = key(
+        None,
+        "classification: one head for all training classes, replaced in test (global; null means this), or labels that "
+        "mean the same in all training tasks (fixed_label)",
+        choices=("global", "fixed_label"),
+    )
+    new_head: str = key(
+        "zero",
+        "initial weights of a new task's head (form=global): zero, or drawn for each task",
+        choices=("zero", "drawn"),
+    )
+    alpha: float = key(0.4, "learning rate of fine-tuning, for the loss that inner_loss_reduction defines", ge=0)
+    test_steps: int = key(3, "steps of fine-tuning in validation and test", ge=0)
+    inner_loss_reduction: str = key(
+        "mean",
+        "loss of fine-tuning: mean over examples, or their sum divided by the shots (N times the mean)",
+        choices=("mean", "sum_over_shots"),
+    )
+    adapted: str = key("", "prefix of the parameters that fine-tuning moves; empty for all, head for the last layer")
+    inner_clip: float | None = key(None, "bound on each entry of a gradient in fine-tuning; null for none", gt=0)
+
+    @classmethod
+    def keeps_head(cls, algorithm: Config) -> bool:
+        return bool(algorithm["form"] == "fixed_label")
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        yield from _wrong_reduction(algorithm, run)
+        yield from _adapts_nothing(algorithm, run)
+        form, kind, adapted = algorithm["form"], _kind(run), algorithm["adapted"]
+        replaces = kind == "classification" and form != "fixed_label"
+        if form is not None and kind == "regression":
+            yield f"algorithm.form={form}: only for classification; leave it out for regression"
+        if form == "fixed_label" and run["dataset"].get("label_assignment") != "fixed_label":
+            yield "algorithm.form=fixed_label: needs dataset.label_assignment=fixed_label"
+        if algorithm["new_head"] != "zero" and not replaces:
+            yield f"algorithm.new_head={algorithm['new_head']}: needs classification with algorithm.form=global"
+        if replaces and adapted and not adapted.startswith("head") and run["backbone"].get("factory") is None:
+            yield f"algorithm.adapted={adapted}: must be empty or head, which algorithm.form=global replaces"
 
 
 @dataclass
@@ -335,6 +400,7 @@ class ProtoNet(Algorithm):
 
     target: ClassVar[str] = "metalearn.algorithms.ProtoNet"
     needs_head: ClassVar[bool] = False
+    keyless: ClassVar[frozenset[str]] = STEPS
 
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
@@ -346,6 +412,7 @@ class MatchingNet(Algorithm):
     target: ClassVar[str] = "metalearn.algorithms.MatchingNet"
     epoch: ClassVar[int] = 2  # context embeddings of chunks on threads were wrong before
     needs_head: ClassVar[bool] = False
+    keyless: ClassVar[frozenset[str]] = STEPS
     kinds: ClassVar[tuple[str, ...]] = ("classification",)
 
     attention: str = key(
@@ -359,4 +426,4 @@ class MatchingNet(Algorithm):
     bn_modes: list[str] = key(["running", "batch"], "default of evaluation.bn_modes", choices=BN_MODES, touches="none")
 
 
-ALGORITHMS = (MAML, MetaSGD, TNet, MTNet, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML, MetaLSTM)
+ALGORITHMS = (ERM, MAML, MetaSGD, TNet, MTNet, HSML, MMAML, TSAMAML, Reptile, ProtoNet, MatchingNet, IMAML, MetaLSTM)

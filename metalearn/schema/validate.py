@@ -64,7 +64,7 @@ def _combinations(run: Config) -> Iterator[str]:
         yield from backbone.problems(run["backbone"], dataset.side(run["dataset"]))
     yield from algorithm.problems(run["algorithm"], run)
     test_way = run["dataset"].get("test_way")
-    if algorithm.needs_head and test_way not in (None, run["dataset"].get("way")):
+    if algorithm.keeps_head(run["algorithm"]) and test_way not in (None, run["dataset"].get("way")):
         yield (
             f"dataset.test_way={test_way}: must equal dataset.way={run['dataset']['way']}, "
             f"because the head that {name} learns has that many outputs"
