@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from metalearn.analysis import Analysis
     from metalearn.data import Episodes
     from metalearn.datasets.base import Dataset
+    from metalearn.enlarge import Enlarged
 
 T = TypeVar("T")
 CHUNK_BYTES = {"cpu": 12 * 2**20, "gpu": 2 * 2**30}  # what stays in a CPU's caches; what keeps a GPU busy
@@ -98,6 +99,7 @@ class MetaLearner(pl.LightningModule, ABC):
         self.rate, self.train_loss = 0.0, torch.tensor(torch.nan)
         self.optimizer_state: dict[str, Any] | None = None
         self.compiler: Compiler | None = None
+        self.enlarged: Enlarged | None = None
         self.aux: dict[str, Tensor] = {}
         self.automatic_optimization = False
         self.watch(["batch"], "headline")

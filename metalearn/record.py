@@ -34,7 +34,10 @@ def result_of(
     seconds: float,
     error: str | None,
 ) -> Config:
-    """The content of result.json (contract, section 3); `source` is `git_state` when the run began."""
+    """The content of result.json (contract, section 3); `source` is `git_state` when the run began.
+
+    `network` is there for a network that is not the configuration's: its section, and both numbers of parameters.
+    """
     config = cell.config
     last = int(episodes["step"].max()) if len(episodes) else 0
     result = {
@@ -53,6 +56,8 @@ def result_of(
         "seconds": round(seconds, 3),
         "metrics": summarize(episodes, headline, last) if len(episodes) else {},
     }
+    if learner.enlarged is not None:
+        result["network"] = learner.enlarged._asdict()
     return result if error is None else result | {"error": error}
 
 
@@ -160,6 +165,11 @@ def table(result: Config, directory: CellDir) -> str:
         tested = f"; tested: {chosen['checkpoint']} checkpoint, step {chosen['step']}"
     else:
         lines = [f"DIVERGED: {result['error']}"]
+    if network := result.get("network"):
+        more = network["parameters"] / network["single"]
+        changed = {k: v for k, v in network["backbone"].items() if v != config["backbone"][k]}
+        says = ", ".join(f"{k} {v}" for k, v in changed.items())
+        lines.append(f"network: {says}; {network['parameters']:,} parameters, {more:.2f} times {network['single']:,}")
     return (
         f"\n{title}, seed {result['seed']}\n" + "\n".join(line.rstrip() for line in lines) + "\n"
         f"{result['steps']} meta-steps in {result['seconds']:.0f} s{tested}\n{directory.path / 'result.json'}"

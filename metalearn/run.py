@@ -20,6 +20,7 @@ from metalearn.cells import Cell
 from metalearn.compiled import Compiler
 from metalearn.data import Episodes
 from metalearn.datasets.base import Dataset
+from metalearn.enlarge import enlarged
 from metalearn.learner import Diverged, MetaLearner
 from metalearn.ledger import (
     CellDir,
@@ -40,6 +41,7 @@ from metalearn.phases import forget, products
 from metalearn.prerequisites import State, ready
 from metalearn.record import git_state, result_of
 from metalearn.schema import BadInput
+from metalearn.schema.algorithms import SIZES
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
@@ -50,7 +52,10 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
     section, trainer = config["algorithm"], config["trainer"]
     module, name = section["_target_"].rsplit(".", 1)
     outputs = getattr(import_module(module), name).head_width(dataset, section)
-    net = build("backbone", config["backbone"], input_shape=dataset.input_shape, outputs=outputs)
+    shapes: dict[str, Any] = {"input_shape": dataset.input_shape, "outputs": outputs}
+    size = section.get("network_size")
+    larger = None if size is None else enlarged(config["backbone"], SIZES[size], **shapes)
+    net = build("backbone", larger.backbone if larger else config["backbone"], **shapes)
     learner = build(
         "algorithm",
         section,
@@ -61,6 +66,7 @@ def build_learner(config: Config, dataset: Dataset) -> MetaLearner:
         recompute=trainer["recompute"],
         combine=outer_rule(section["outer"], section["outer_vector"], section["outer_clip"], section["outer_drop"]),
     )
+    learner.enlarged = larger
     learner.initialize(config["seed"])
     learner.attach(build("optimizer", config["optimizer"]), trainer["max_steps"])
     learner.to(DTYPES[trainer["precision"]])

@@ -239,7 +239,7 @@ def forward(net: Backbone, params: Tree, x: Tensor, given: Any = None, seen: Any
                 gamma, beta = own.get("norm.weight", torch.ones_like(mean)), own.get("norm.bias", 0 * mean)
                 x = gamma[:, None, None] * x + beta[:, None, None]
             x = F.relu(x)
-            x = x if stage.stride == 2 else F.max_pool2d(x, 2)
+            x = x if stage.pool == 1 else F.max_pool2d(x, 2)
         elif name == "feat":
             x = x.mean((2, 3)) if getattr(stage, "kind", "") == "mean" else x.flatten(1)
         else:

@@ -357,7 +357,7 @@ REFUSED = [
     ("+algorithm.extra=1", "algorithm.extra", "no such key for algorithm=maml"),
     ("++trainer.extra=1", "trainer.extra", "no such key"),
     ("+extra=1", "extra", "no such key"),
-    ("algorithm=mamll", "algorithm=mamll", "did you mean 'maml'"),
+    ("algorithm=reptle", "algorithm=reptle", "did you mean 'reptile'"),
     ("algorithm=", "algorithm=", "no such algorithm"),
     ("experiment=tsa/fig99", "experiment=tsa/fig99", "no such experiment"),
     ("dataset_algorithm=omniglot_mam", "omniglot_mam", "did you mean 'omniglot_maml'"),

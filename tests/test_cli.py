@@ -74,7 +74,7 @@ USER = {
 
 QUIET = {
     "misspelt key": ["algorithm.alpa=1"],
-    "misspelt name": ["algorithm=mamll"],
+    "misspelt name": ["algorithm=reptle"],
     "no option": ["--nope"],
     "reports": ["report", "--help"],
     "options of a report": ["report", "bounds", "--help"],
@@ -130,7 +130,7 @@ def quiet(no_torch, tmp_path_factory):
     ("name", "said"),
     [
         ("misspelt key", "algorithm.alpa: no such key for algorithm=maml; did you mean 'algorithm.alpha'?"),
-        ("misspelt name", "algorithm=mamll: no such algorithm; did you mean 'maml'?"),
+        ("misspelt name", "algorithm=reptle: no such algorithm; did you mean 'reptile'?"),
         ("no option", "--nope: no such option"),
         ("no report", "report: taylr: must be one of"),
         ("bad option of a report", "--tasks: 3: must be a whole number >= 100"),

@@ -30,7 +30,7 @@ class _Filters(nn.Module):
 
 
 class Block(Stage):
-    """3x3 convolution, batch norm, ReLU, and halving by 2x2 max-pooling or by stride 2.
+    """3x3 convolution, batch norm, ReLU, and halving by 2x2 max-pooling or by stride 2, or none.
 
     Zero padding is one pixel on each side. (TensorFlow's "same" padding with stride 2 pads even sizes on one side
     only; the output sizes are equal.)
@@ -50,7 +50,7 @@ class Block(Stage):
     ):
         super().__init__()
         self.name, self.eps = name, eps
-        self.stride = 2 if downsample == "stride" else 1
+        self.stride, self.pool = {"stride": (2, 1), "maxpool": (1, 2), "none": (1, 1)}[downsample]
         self.conv = _Filters(shape[0], width, bias)
         self.kernel = Kernel(f"{name}.conv.weight", f"{name}.conv.bias" if bias else None)
         if bn:
@@ -59,19 +59,19 @@ class Block(Stage):
         self.affine = (
             (f"{name}.norm.weight", f"{name}.norm.bias") if bn else (f"{name}.conv.weight", f"{name}.conv.bias")
         )
-        halve = (lambda s: (s + 1) // 2) if self.stride == 2 else (lambda s: s // 2)
-        self.shape = (width, halve(shape[1]), halve(shape[2]))
+        sides = ((side + self.stride - 1) // self.stride // self.pool for side in shape[1:])
+        self.shape = (width, *sides)
 
     @property
     def width(self) -> int:
         """The convolution's output, before pooling."""
-        return math.prod(self.shape) * (1 if self.stride == 2 else 4)
+        return math.prod(self.shape) * self.pool**2
 
     def apply_stage(self, params: Params, h: Tensor, norm: Normalization) -> Tensor:
         def get(name: str) -> Tensor | None:
             return params.get(f"{self.name}.{name}")
 
-        filters, bias, pool = params[f"{self.name}.conv.weight"], get("conv.bias"), 1 if self.stride == 2 else 2
+        filters, bias, pool = params[f"{self.name}.conv.weight"], get("conv.bias"), self.pool
         gamma, beta, layer = get("norm.weight"), get("norm.bias"), f"{self.name}.norm"
         if stem.fits(h, filters, self.stride, pool):
             own = norm if self.normalizes else None
@@ -106,6 +106,7 @@ class Conv4(Backbone):
         width: filters of the first block.
         growth: factor by which their number grows from block to block.
         blocks: number of blocks.
+        pooled_blocks: how many of them, from the first, halve the picture; None for all.
         downsample: `maxpool` (2x2, floor) or `stride` (2).
         readout: `flatten`, or `mean` over the remaining pixels.
         bn: whether the blocks have batch norm.
@@ -124,6 +125,7 @@ class Conv4(Backbone):
         width: int = 64,
         growth: int = 1,
         blocks: int = 4,
+        pooled_blocks: int | None = None,
         downsample: Literal["maxpool", "stride"] = "maxpool",
         readout: Literal["flatten", "mean"] = "flatten",
         bn: bool = True,
@@ -137,9 +139,10 @@ class Conv4(Backbone):
             raise BadInput(f"backbone=conv4: needs pictures, and examples have the shape {tuple(input_shape)}")
         stages: list[Stage] = []
         shape: tuple[int, ...] = input_shape
-        block = partial(Block, downsample=downsample, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
+        block = partial(Block, bn=bn, bias=conv_bias, affine=bn_affine, eps=bn_eps)
         for i in range(blocks):
-            stages.append(block(f"block{i + 1}", shape, width * growth**i))
+            halves = downsample if pooled_blocks is None or i < pooled_blocks else "none"
+            stages.append(block(f"block{i + 1}", shape, width * growth**i, downsample=halves))
             shape = stages[-1].shape
         if 0 in shape:
             raise ValueError(

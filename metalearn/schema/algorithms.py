@@ -9,6 +9,8 @@ from metalearn.schema.keys import fields_of, key, show
 
 Config = dict[str, Any]
 STEPS = frozenset({"inner_steps", "test_steps", "inner_loss_reduction"})  # of no use where nothing is descended
+SIZES = {"3x_single": 3, "3x_tsa": 9}
+"""How many times as many parameters a larger network has: the paper's "3x larger than TSA-MAML" has two readings."""
 
 
 @dataclass
@@ -105,11 +107,23 @@ class MAML(InnerLoop):
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
     inner_clip: float | None = key(None, "bound on each entry of an inner gradient; null for none", gt=0)
+    network_size: str | None = key(
+        None,
+        "deeper and wider network (MAML-L) with 3 times the parameters of the chosen one, or of TSA-MAML's 3 copies of "
+        "it; null for the chosen one",
+        choices=tuple(SIZES),
+    )
 
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        from metalearn.schema.registry import member_of
+
         yield from super().problems(algorithm, run)
         yield from _adapts_nothing(algorithm, run)
+        size = algorithm["network_size"]
+        if size is not None and not hasattr(member_of("backbone", run["backbone"]), "enlarged"):
+            name = run["backbone"]["name"]
+            yield f"algorithm.network_size={size}: must be null with backbone={name}, which has no larger form"
 
 
 @dataclass

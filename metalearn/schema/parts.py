@@ -35,6 +35,11 @@ class MLP:
         """Why this network cannot take pictures of `side` pixels (None: no pictures)."""
         yield from ()
 
+    @classmethod
+    def enlarged(cls, backbone: Config, width: int) -> Config:
+        """7/4 as many hidden layers (rounded up), all of one width: what MAML-L's step from 4 to 7 blocks is here."""
+        return backbone | {"hidden": [width] * -(-7 * len(backbone["hidden"]) // 4)}
+
 
 @dataclass
 class Conv4:
@@ -46,7 +51,8 @@ class Conv4:
     name: str = key("", "name in tables and logs", touches="none")
     width: int = key(64, "filters of the first block", ge=1)
     growth: int = key(1, "factor by which the number of filters grows from block to block", ge=1, le=4)
-    blocks: int = key(4, "number of blocks; each halves the picture", ge=1)
+    blocks: int = key(4, "number of blocks", ge=1)
+    pooled_blocks: int | None = key(None, "how many blocks, from the first, halve the picture; null for all", ge=1)
     downsample: str = key("maxpool", "how a block halves the picture", choices=("maxpool", "stride"))
     readout: str = key(
         "flatten", "features from the last block: all pixels, or their mean", choices=("flatten", "mean")
@@ -72,9 +78,21 @@ class Conv4:
         """Why this network cannot take pictures of `side` pixels (None: no pictures)."""
         if side is None:
             yield f"backbone={backbone['name']}: needs pictures, and this data set has none; use mlp_sine"
-        elif backbone["downsample"] == "maxpool" and side >> backbone["blocks"] == 0:
+            return
+        blocks, pooled = backbone["blocks"], backbone["pooled_blocks"]
+        name, halving = ("blocks", blocks) if pooled is None else ("pooled_blocks", pooled)
+        if halving > blocks:
+            yield f"backbone.pooled_blocks={pooled}: must be <= backbone.blocks={blocks}"
+        elif backbone["downsample"] == "maxpool" and side >> halving == 0:
             most = side.bit_length() - 1
-            yield f"backbone.blocks={backbone['blocks']}: must be <= {most} for pictures of {side}x{side} pixels"
+            yield f"backbone.{name}={halving}: must be <= {most} for pictures of {side}x{side} pixels"
+
+    @classmethod
+    def enlarged(cls, backbone: Config, width: int) -> Config:
+        """Three more blocks, which keep the size of the picture, and as many filters in all (MAML-L)."""
+        halving = backbone["pooled_blocks"] or backbone["blocks"]
+        changes = {"blocks": backbone["blocks"] + 3, "pooled_blocks": halving, "width": width, "growth": 1}
+        return backbone | changes
 
 
 @dataclass
