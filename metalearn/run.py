@@ -247,10 +247,10 @@ def prepare(
     """What comes before the first meta-step; a killed run repeats at most the piece that it was at."""
     if starts:
         learner.inherit(starts)
+    learner.to(trainer.strategy.root_device)
     if phases := learner.phases(data):
         if trainer.world_size > 1:
             raise ValueError(f"{type(learner).__name__} prepares its training in one process; set trainer.devices=1")
-        learner.to(trainer.strategy.root_device)
         recorder.note(trainer, 0, learner.begin(products(phases, recorder.cell)))
     if phases or not data.max_steps:
         recorder.save(learner, "last")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from oracles import distance
 
-from metalearn.algorithms import MAML
+from metalearn.algorithms import MAML, TSAMAML
 from metalearn.compiled import Compiler
 from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.meta_gradient import MetaGradient, meta_gradient
@@ -71,3 +71,20 @@ def test_bfloat16_convolutions_are_close(monkeypatch):
     expected = gradient(learner, batch)
     monkeypatch.setattr(conv, "operands", torch.bfloat16)
     assert 1e-5 < distance([gradient(learner, batch).loss], [expected.loss]) < 0.05
+
+
+@pytest.mark.parametrize("batching", ["per_group_queue", "mixed"])
+def test_groups_learn_as_on_a_cpu(batching):
+    """Routing, queues and updates of TSA-MAML, with tasks that wait across meta-steps and a checkpoint between."""
+    options = {"alpha": 0.1, "inner_steps": 1, "id_steps": 2, "m": 2, "batching": batching}
+    learner = oracles.build(TSAMAML, oracles.conv_net(), "classification", **options)
+    batches = [oracles.meta_batch(oracles.pictures(4, seed=seed), seed) for seed in range(4)]
+    learner.place(learner.displacement(learner.theta(), batches[0].episodes.support)[:2])
+    other = copy.deepcopy(learner).cuda()
+    ours, theirs = learner.configure_optimizers(), other.configure_optimizers()
+    for step, batch in enumerate(batches):
+        assert (learner.meta_step(batch, ours) is None) == (other.meta_step(moved(batch), theirs) is None)
+        if step == 1:
+            other.load_state_dict({k: v.cpu() if torch.is_tensor(v) else v for k, v in other.state_dict().items()})
+        found = [p.detach().cpu() for p in other.parameters()]
+        assert distance(found, [p.detach() for p in learner.parameters()]) < 1e-9

@@ -7,6 +7,7 @@ the support set; the D^ts in the printed objective and Algorithm 1 is read as a 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -227,11 +228,10 @@ class TSAMAML(MAML):
 
     def phases(self, data: Episodes) -> list[Phase]:
         """Collect the displacements of training tasks; then cluster them."""
-        theta = self.constants()
 
         def collect(i: int, _: Iterator[Piece]) -> Piece:
-            batch = data.stream("collect", i * PIECE, min(self.tasks, (i + 1) * PIECE))
-            episodes = batch.episodes
+            episodes = data.stream("collect", i * PIECE, min(self.tasks, (i + 1) * PIECE)).episodes
+            theta = self.constants()
             deltas = torch.cat(self.in_chunks(lambda c: self.displacement(theta, episodes.select(c).support), episodes))
             if bad := (~deltas.isfinite().all(1)).nonzero().flatten().tolist():
                 raise Diverged(f"parameters of collected task {i * PIECE + bad[0]} are not finite, {self._rate()}")
@@ -299,13 +299,11 @@ def clustered(pieces: Iterator[Piece], n: int, m: int, compared: slice, seed: in
         seed: of k-means++.
         like: a tensor of the device to work on and of the type of the centres.
     """
-    vectors, groups = None, list[Tensor]()
-    for piece in pieces:
-        h = piece["h"]
-        vectors = vectors or Vectors(like.new_zeros(h.shape[1]), n)
-        vectors.restore(h.to(like.device), piece["scale"].to(like.device))
+    first = next(pieces)
+    vectors, groups = Vectors(like.new_zeros(first["h"].shape[1]), n), list[Tensor]()
+    for piece in itertools.chain([first], pieces):
+        vectors.restore(piece["h"].to(like.device), piece["scale"].to(like.device))
         groups += [piece["group"]] if "group" in piece else []
-    assert vectors is not None
     found = cluster(vectors.part(compared), m, seed=seed)
     stats: Piece = {"cluster_silhouette": TaskMean(found.silhouette.tolist()).compute("1")}
     stats["cluster_sizes"] = found.labels.bincount(minlength=m).tolist()
