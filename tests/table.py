@@ -99,6 +99,25 @@ TSA: dict[str, Any] = {**STEPS, "m": 2, "id_steps": 1}
 ALGORITHMS = [
     Row("maml", MAML, STEPS, joint=True, exact=True),
     Row("fomaml", MAML, {**STEPS, "first_order": True}, joint=True),
+    Row(
+        "fomaml_last_minibatch",
+        MAML,
+        {**STEPS, "first_order": True, "variant": "last_minibatch", "minibatch": 4},
+        passes=(SITES, SITES),
+    ),
+    Row(
+        "fomaml_tail",
+        MAML,
+        {**STEPS, "first_order": True, "variant": "tail", "minibatch": 4},
+        passes=(SITES, SITES),
+    ),
+    Row(
+        "maml_last_minibatch",
+        MAML,
+        {**STEPS, "variant": "last_minibatch", "minibatch": 4},
+        exact=True,
+        passes=(SITES, SITES),
+    ),
     Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
     Row("erm", ERM, TUNED, exact=True, passes=([], SITES), classes=7),
     Row("erm_drawn", ERM, {**TUNED, "new_head": "drawn"}, exact=True, passes=([], SITES), classes=7),

@@ -12,17 +12,21 @@ from oracles import (
     assert_close,
     forms,
     linear_form,
+    meta_batch,
     normal,
     outer_gradient,
     quadratic,
     slope,
 )
-from table import create, outer_value
+from table import Case, create, outer_value, tasks_for
 from torch import Tensor
 
 from metalearn.algorithms import MAML, Reptile
+from metalearn.algorithms.pools import pooled
+from metalearn.cells import expand, identity
 from metalearn.episode import Episode, Examples
 from metalearn.functional import per_task, unrolled
+from metalearn.schema import BadInput
 
 
 @pytest.mark.parametrize("steps", [1, 2, 5])
@@ -38,8 +42,8 @@ def test_quadratic_fixture(steps):
     assert_close(slope(maml, episodes), expected["maml_grad"])
     assert_close(slope(fomaml, episodes), expected["fomaml_grad"])
     reptile = linear_form(Reptile, i["theta"], inner_optimizer="sgd", inner_batch=None, **arguments)
-    pooled = Episode(support, support, {})  # the pool's mean loss is that of the support set
-    assert_close(slope(reptile, pooled) / i["alpha"], expected["reptile_grad_support_only"])
+    both = Episode(support, support, {})  # the pool's mean loss is that of the support set
+    assert_close(slope(reptile, both) / i["alpha"], expected["reptile_grad_support_only"])
 
 
 @pytest.mark.parametrize("first_order", [False, True])
@@ -153,3 +157,98 @@ def test_sum_over_shots_is_a_step_times_the_way():
         learner = create(("maml", "classification"), alpha=alpha, inner_loss_reduction=reduction)
         ends.append(list(outer_gradient(learner, episodes).values()))
     assert_close(*ends)
+
+
+# ---- minibatches -------------------------------------------------------------------------------------------------
+
+
+FIRST: Case = ("fomaml", "regression")
+POOL = {"variant": "last_minibatch", "minibatch": None}
+
+
+def whole(episodes: Episode) -> Episode:
+    """Support and query sets, both the pool."""
+    return Episode(pooled(episodes), pooled(episodes), {})
+
+
+@pytest.mark.parametrize("name", ["maml", "fomaml", "meta_sgd", "tnet", "mtnet", "anil"])
+def test_on_whole_sets_the_variants_are_fewer_steps(name):
+    """k whole pools are k - 1 steps and the outer gradient on the pool; `tail` is k - 1 steps on the support set."""
+    for kind in ("classification", "regression"):
+        case, episodes = (name, kind), tasks_for((name, kind))
+        last = outer_gradient(create(case, inner_steps=3, **POOL), episodes)
+        assert_close(last, outer_gradient(create(case, inner_steps=2), whole(episodes)))
+        tail = outer_gradient(create(case, inner_steps=3, variant="tail"), episodes)
+        assert_close(tail, outer_gradient(create(case, inner_steps=2), episodes))
+
+
+def test_one_minibatch_is_joint_training():
+    """k = 1: the gradient at theta, of the pool (which is ERM's, and Reptile's after one step) or of the query set."""
+    episodes = oracles.curves()
+    last = outer_gradient(create(FIRST, inner_steps=1, **POOL), episodes)
+    assert_close(last, outer_gradient(create(("erm", "regression")), episodes))
+    reptile = outer_gradient(create(("reptile", "regression"), alpha=0.3, inner_steps=1), episodes)
+    assert_close({k: 0.3 * g for k, g in last.items()}, reptile)
+    tail = outer_gradient(create(FIRST, inner_steps=1, variant="tail", minibatch=4), episodes)
+    assert_close(tail, outer_gradient(create(("maml", "regression"), alpha=0.0), episodes))
+
+
+@pytest.mark.parametrize("k", [2, 5])
+def test_the_last_minibatch_is_what_reptile_adds_with_it(k):
+    """F4: g_k = (U_(k-1) - U_k) / alpha, on the same draws."""
+    episodes = oracles.curves()
+    reptile, fomaml = {"inner_batch": 4}, {"variant": "last_minibatch", "minibatch": 4}
+    ends = [
+        outer_gradient(create(("reptile", "regression"), alpha=0.05, inner_steps=steps, **reptile), episodes)
+        for steps in (k - 1, k)
+    ]
+    last = outer_gradient(create(FIRST, alpha=0.05, inner_steps=k, **fomaml), episodes)
+    assert_close({name: (ends[1][name] - ends[0][name]) / 0.05 for name in last}, last, rtol=1e-11)
+
+
+def test_the_tail_is_reserved():
+    """No inner step sees the query set."""
+    episodes, other = oracles.curves(), oracles.curves(seed=5)
+    learner = create(FIRST, inner_steps=4, variant="tail", minibatch=2)
+    phi = [
+        learner.task_loss(learner.theta(), Episode(episodes.support, query, {}), meta_batch(episodes).key).phi
+        for query in (episodes.query, other.query)
+    ]
+    assert_close(*phi)
+    moved = learner.task_loss(learner.theta(), other, meta_batch(other).key).phi
+    assert oracles.distance(list(moved.values()), list(phi[0].values())) > 1e-3
+
+
+def test_minibatches_need_coordinates_and_plain_steps():
+    learner, episodes = create(FIRST, variant="tail", minibatch=2), oracles.curves()
+    with pytest.raises(ValueError, match="variant=tail draws minibatches: task_loss needs the tasks' key"):
+        learner.task_loss(learner.theta(), episodes)
+    with pytest.raises(BadInput, match="algorithm.variant=tail: MMAML adapts by more than gradient steps"):
+        create(("mmaml", "regression"), variant="tail")
+
+
+@pytest.mark.usefixtures("compose_once")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["algorithm.minibatch=5"], "algorithm.minibatch=5: needs algorithm.variant=last_minibatch or tail"),
+        (["algorithm.variant=tail", "algorithm.inner_steps=0"], "algorithm.inner_steps=0: must be >= 1 with"),
+        (["algorithm=hsml", "algorithm.variant=tail"], "algorithm.variant: no such key for algorithm=hsml"),
+    ],
+)
+def test_keys_of_the_variants(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        expand(["algorithm=fomaml", *arguments] if "algorithm=hsml" not in arguments else arguments)
+
+
+@pytest.mark.usefixtures("compose_once")
+def test_the_standard_variant_is_the_cell_it_was():
+    """New keys at their defaults enter no id."""
+    (plain,), (given,) = (expand(["algorithm=fomaml", *more]) for more in ([], ["algorithm.variant=query"]))
+    assert plain.cell_id == given.cell_id
+    train, _ = identity(plain.config, plain.data_hash)
+    assert {k: v for k, v in train.items() if k.startswith("algorithm.")} == {
+        "algorithm._target_": "metalearn.algorithms.MAML",
+        "algorithm.epoch": 1,
+        "algorithm.first_order": True,
+    }

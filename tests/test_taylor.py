@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.functional import hessian, jacobian
 
 from metalearn.algorithms import MAML, Reptile
-from metalearn.algorithms.pools import minibatches
+from metalearn.algorithms.pools import minibatches, pooled
 from metalearn.episode import Episode, Examples
 from metalearn.learner import MetaLearner
 from metalearn.random import Key
@@ -207,6 +207,38 @@ def test_taylor_engine_maml_obeys_the_expansion(steps, first_order):
         expanded = getattr(taylor.expansion(losses, phi, learner.alpha), which).mean(0)
         residuals.append(float((vector(learner, episodes) - expanded).norm()))
     assert residuals[0] / residuals[1] == pytest.approx(4, abs=0.02)
+
+
+def drawn(episodes: Episode, variant: str, k: int) -> list[Examples]:
+    """The k minibatches of four that MAML's variants descend."""
+    tail = variant == "tail"
+    pool = episodes.support if tail else pooled(episodes)
+    rows = minibatches(meta_batch(episodes).key.sub("minibatch"), pool.y.shape[1], 4, k - tail)
+    batches = [
+        Examples(pool.x[torch.arange(3)[:, None], r], pool.y[torch.arange(3)[:, None], r]) for r in rows.unbind(1)
+    ]
+    return [*batches, episodes.query] if tail else batches
+
+
+@pytest.mark.parametrize("variant", ["last_minibatch", "tail"])
+@pytest.mark.parametrize("k", [1, 2, 4])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_taylor_engine_minibatches_obey_the_expansion(variant, k, first_order):
+    """F4 for the variants: the gradient at the last of k minibatches; the residual is of second order in alpha."""
+    episodes = oracles.curves(3)
+    options = {"variant": variant, "minibatch": 4, "inner_steps": k, "first_order": first_order}
+    learner = build(MAML, oracles.mlp(), "regression", alpha=0.3, **options)
+    losses, phi = on_network(learner, drawn(episodes, variant, k))
+    which = "fomaml" if first_order else "maml"
+    assert_close(vector(learner, episodes), getattr(taylor.gradients(losses, phi, 0.3), which).mean(0))
+    residuals = []
+    for learner.alpha in (1e-4, 5e-5):
+        expanded = getattr(taylor.expansion(losses, phi, learner.alpha), which).mean(0)
+        residuals.append(float((vector(learner, episodes) - expanded).norm()))
+    if k == 1:
+        assert max(residuals) < 1e-12
+    else:
+        assert residuals[0] / residuals[1] == pytest.approx(4, abs=0.02)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])

@@ -1,18 +1,22 @@
 """Model-agnostic meta-learning (MAML) and its first-order and head-only forms.
 
 Finn, Abbeel & Levine, ICML 2017, https://arxiv.org/abs/1703.03400 (Algorithm 2, inner loop).
-FOMAML is `first_order=True`; ANIL (Raghu et al., ICLR 2020) is `adapted="head"`.
+FOMAML is `first_order=True`; ANIL (Raghu et al., ICLR 2020) is `adapted="head"`. The variants on minibatches are those
+of Nichol, Achiam & Schulman 2018, https://arxiv.org/abs/1803.02999 (section 6.2 and their code).
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor
 
-from metalearn.episode import Examples, Params, Theta
+from metalearn.algorithms.pools import minibatches, pooled, take
+from metalearn.episode import Episode, Examples, Params, TaskOutput, Theta
 from metalearn.functional import Loss, Trajectory, gradient_descent, per_task
 from metalearn.learner import MetaLearner
+from metalearn.ops import Normalization
 from metalearn.random import TaskKey
+from metalearn.schema import BadInput
 
 Context = tuple[Params, Tensor, Tensor]
 
@@ -26,7 +30,15 @@ class MAML(MetaLearner):
         first_order: treat inner gradients as constants (FOMAML).
         adapted: prefix of the parameters that the inner loop moves; empty for all.
         inner_clip: bound on each entry of an inner gradient (a bounded entry is a constant); None for none.
+        variant: the examples of a training task's `inner_steps` = k gradients. `query`: k inner ones on the support
+            set, and the outer one on the query set. `last_minibatch`: k minibatches of both sets, of which the last
+            gives the outer gradient and may share examples with the others. `tail`: k - 1 minibatches of the support
+            set, and the query set, reserved, as the last. Validation and test always adapt to whole support sets.
+        minibatch: size of minibatches (`last_minibatch`, `tail`); None for whole sets.
         learner: arguments of `MetaLearner`.
+
+    Raises:
+        BadInput: for a variant on minibatches of an algorithm whose adaptation is more than gradient steps.
     """
 
     def __init__(
@@ -36,10 +48,15 @@ class MAML(MetaLearner):
         first_order: bool = False,
         adapted: str = "",
         inner_clip: float | None = None,
+        variant: Literal["query", "last_minibatch", "tail"] = "query",
+        minibatch: int | None = None,
         **learner: Any,
     ):
         super().__init__(**learner)
         self.alpha, self.first_order, self.adapted, self.inner_clip = alpha, first_order, adapted, inner_clip
+        self.variant, self.minibatch = variant, minibatch
+        if variant != "query" and type(self).adapt is not MAML.adapt:
+            raise BadInput(f"algorithm.variant={variant}: {type(self).__name__} adapts by more than gradient steps")
 
     def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
         """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
@@ -50,9 +67,38 @@ class MAML(MetaLearner):
         return self.alpha
 
     @property
+    def descents(self) -> int:
+        """Inner steps that lead to the outer gradient; its minibatch is one of the `inner_steps` (`variant`)."""
+        return self.inner_steps - (self.variant != "query")
+
+    @property
     def exact(self) -> bool:
         """First-order gradients are not the slope of the outer objective."""
-        return not self.first_order or self.inner_steps == 0
+        return not self.first_order or self.descents == 0
+
+    def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
+        """The query loss of the adapted parameters; or the last minibatch's, one step on each of the others away."""
+        if self.variant == "query":
+            return super().task_loss(theta, episodes, key)
+        *inner, last = self._minibatches(episodes, key)
+        start, rate, norm = self.network(theta), self.inner_rate(theta, key), Normalization(record=True)
+        phi = per_task({k: p for k, p in start.items() if self.moves(k)}, episodes.tasks, self.shapes)
+        for batch in inner:
+            phi = self.descend(start | phi, batch, 1, rate)[-1]
+        prediction = self.predict(theta, phi, last.x, support=episodes.support, bn="batch", record=norm)
+        on_query = prediction if last is episodes.query else None
+        return TaskOutput(self.loss(prediction, last.y), on_query, phi, {}, norm.seen, {})
+
+    def _minibatches(self, episodes: Episode, key: TaskKey | None) -> list[Examples]:
+        """The `inner_steps` sets of examples of a training task, in the order of their gradients."""
+        tail = [episodes.query] if self.variant == "tail" else []
+        pool, count = episodes.support if tail else pooled(episodes), self.inner_steps - len(tail)
+        if self.minibatch is None:
+            return [pool] * count + tail
+        if key is None:
+            raise ValueError(f"algorithm.variant={self.variant} draws minibatches: task_loss needs the tasks' key")
+        rows = minibatches(key.sub("minibatch"), pool.y.shape[1], self.minibatch, count)
+        return [take(pool, part) for part in rows.unbind(1)] + tail
 
     def moves(self, name: str) -> bool:
         """Whether the inner loop moves this parameter of the network."""

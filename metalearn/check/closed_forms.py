@@ -27,12 +27,12 @@ class Form(NamedTuple):
 def closed_form(learner: MetaLearner) -> Form | None:
     """The formula for exactly this class (a subclass may compute something else); None if none is known.
 
-    The formulas are those of means over tasks without a regularizer, MAML's without `inner_clip`, Reptile's that of
-    plain steps on the whole pool.
+    The formulas are those of means over tasks without a regularizer, MAML's without `inner_clip` and on no
+    minibatches, Reptile's that of plain steps on the whole pool.
     """
     plain = learner.combine is None and not learner.couples_tasks and type(learner.regularizer) is Regularizer
     if isinstance(learner, MAML):
-        plain = plain and learner.inner_clip is None
+        plain = plain and learner.inner_clip is None and learner.variant == "query"
     if isinstance(learner, Reptile):
         plain = plain and learner.inner_optimizer == "sgd" and learner.inner_batch is None
     return FORMS.get(type(learner)) if plain else None

@@ -99,10 +99,10 @@ class InnerLoop(Steps):
 
 
 @dataclass
-class MAML(InnerLoop):
-    """metalearn.algorithms.MAML."""
+class GradientSteps(InnerLoop):
+    """What `metalearn.algorithms.MAML` and the algorithms that are made of its inner loop share."""
 
-    target: ClassVar[str] = "metalearn.algorithms.MAML"
+    keyless: ClassVar[frozenset[str]] = frozenset({"variant", "minibatch"})
 
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
@@ -124,6 +124,33 @@ class MAML(InnerLoop):
         if size is not None and not hasattr(member_of("backbone", run["backbone"]), "enlarged"):
             name = run["backbone"]["name"]
             yield f"algorithm.network_size={size}: must be null with backbone={name}, which has no larger form"
+
+
+@dataclass
+class MAML(GradientSteps):
+    """metalearn.algorithms.MAML."""
+
+    target: ClassVar[str] = "metalearn.algorithms.MAML"
+    keyless: ClassVar[frozenset[str]] = frozenset()
+
+    variant: str = key(
+        "query",
+        "examples of training gradients, k = inner_steps: k inner ones on the support, the outer one on the query set; "
+        "k minibatches of both sets, the last one outer; or k - 1 of the support set, and the query set as the last",
+        choices=("query", "last_minibatch", "tail"),
+    )
+    minibatch: int | None = key(
+        None, "examples of a minibatch (variant=last_minibatch and tail); null for whole sets", ge=1
+    )
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        variant, batch, steps = (algorithm[name] for name in ("variant", "minibatch", "inner_steps"))
+        if variant == "query" and batch is not None:
+            yield f"algorithm.minibatch={batch}: needs algorithm.variant=last_minibatch or tail"
+        if variant != "query" and steps == 0:
+            yield f"algorithm.inner_steps=0: must be >= 1 with algorithm.variant={variant}, for a last minibatch"
 
 
 @dataclass
@@ -184,7 +211,7 @@ class ERM(Algorithm):
     """metalearn.algorithms.ERM."""
 
     target: ClassVar[str] = "metalearn.algorithms.ERM"
-    keyless: ClassVar[frozenset[str]] = frozenset({"inner_steps", "first_order"})
+    keyless: ClassVar[frozenset[str]] = frozenset({"inner_steps", "first_order", "variant", "minibatch"})
 
     form: str | None = key(
         None,
@@ -242,7 +269,7 @@ class MetaSGD(MAML):
 
 
 @dataclass
-class HSML(MAML):
+class HSML(GradientSteps):
     """metalearn.algorithms.HSML."""
 
     target: ClassVar[str] = "metalearn.algorithms.HSML"
@@ -272,7 +299,7 @@ class HSML(MAML):
 
 
 @dataclass
-class MMAML(MAML):
+class MMAML(GradientSteps):
     """metalearn.algorithms.MMAML."""
 
     target: ClassVar[str] = "metalearn.algorithms.MMAML"
@@ -286,7 +313,7 @@ class MMAML(MAML):
 
 
 @dataclass
-class TSAMAML(MAML):
+class TSAMAML(GradientSteps):
     """metalearn.algorithms.TSAMAML."""
 
     target: ClassVar[str] = "metalearn.algorithms.TSAMAML"
@@ -326,7 +353,9 @@ class TSAMAML(MAML):
         if algorithm["pretrained"] is not None:
             yield "algorithm.pretrained", algorithm["pretrained"]
             return
-        first = {"_target_": MAML.target} | {k: algorithm[k] for k in fields_of(MAML)} | {"name": "maml"}
+        defaults = {k: field.default for k, field in fields_of(MAML).items()}
+        own = {k: algorithm[k] for k in fields_of(GradientSteps)}
+        first = {"_target_": MAML.target} | defaults | own | {"name": "maml"}
         changes = {
             "algorithm": first,
             "trainer": run["trainer"] | {"max_steps": algorithm["pretrain_steps"]},
