@@ -4,7 +4,6 @@ Yao, Wei, Huang & Li, ICML 2019, https://arxiv.org/abs/1905.05301, in the form o
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -45,7 +44,7 @@ class Tree(Drawn):
         self.centres = nn.Parameter(torch.empty(widths[0], hidden))
         self.leaf_weight = nn.Parameter(torch.empty(widths[0], hidden, hidden))
         self.leaf_bias = nn.Parameter(torch.empty(widths[0], hidden))
-        for i, (_, parents) in enumerate(pairwise(widths), 1):
+        for i, parents in enumerate(widths[1:], 1):
             self.register_parameter(f"weight{i}", nn.Parameter(torch.empty(parents, hidden, hidden)))
             self.register_parameter(f"bias{i}", nn.Parameter(torch.empty(parents, hidden)))
             if parents > 1:
