@@ -361,7 +361,7 @@ REFUSED = [
     ("algorithm=", "algorithm=", "no such algorithm"),
     ("experiment=tsa/fig99", "experiment=tsa/fig99", "no such experiment"),
     ("dataset_algorithm=omniglot_mam", "omniglot_mam", "did you mean 'omniglot_maml'"),
-    ("dataset_algorithm=glyphs_reptile", "algorithm.inner_batch", "did you mean 'algorithm.inner_"),
+    ("dataset_algorithm=glyphs_reptile", "algorithm.inner_batch", "did you mean 'algorithm.minibatch'"),
     ("algorithm@other=maml", "algorithm@other=maml", "(@)"),
     ("algorithm/other=maml", "algorithm/other", "did you mean 'algorithm'"),
     ("~algorithm.alpha", "~algorithm.alpha", "cannot be deleted"),
