@@ -125,8 +125,8 @@ def test_linear_regression_converges_to_the_closed_form():
         (["algorithm.new_head=drawn", *SINE], "algorithm.new_head=drawn: needs classification"),
         (["algorithm.adapted=block1"], "algorithm.adapted=block1: must be empty or head, which algorithm.form=global"),
         (
-            ["algorithm.form=fixed_label", "dataset.label_assignment=fixed_label", "dataset.test_way=4"],
-            "dataset.test_way=4: must equal dataset.way=5",
+            ["algorithm.form=fixed_label", "dataset.label_assignment=fixed_label"],
+            "dataset.test_way=5: must equal dataset.way=40",
         ),
         (["algorithm.inner_steps=2"], "algorithm.inner_steps: no such key"),
     ],
@@ -142,7 +142,7 @@ def test_legal_forms_have_the_right_heads():
     for arguments, outputs in (
         (["dataset.test_way=4"], 847),
         (["algorithm.form=global"], 847),
-        (["algorithm.form=fixed_label", "dataset.label_assignment=fixed_label"], 5),
+        (["algorithm.form=fixed_label", "dataset.label_assignment=fixed_label", "dataset.way=5"], 5),
         (SINE, 1),
     ):
         (cell,) = expand(["algorithm=erm", *arguments], to_run=False)

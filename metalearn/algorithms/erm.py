@@ -24,8 +24,9 @@ class ERM(MAML):
     classes, so adaptation begins with a new head for the task's N classes in place of it. With `form=fixed_label`, and
     in regression, labels mean the same in all tasks and the whole network is kept.
 
-    Batch norm normalises each task's pool by itself. So the objective is a mean over tasks, the gradient is MAML's with
-    alpha = 0 on the same examples, and training sees statistics of N classes as adaptation does.
+    Batch norm normalises each task's pool by itself. So the objective is a mean over tasks, and the gradient is MAML's
+    with alpha = 0 on the same examples. Statistics of few classes are noise to a classifier of all of them: train it on
+    wide tasks, as `dataset.way` may differ from `dataset.test_way` with `form=global`.
 
     Args:
         alpha: learning rate of the fine-tuning, for the loss that `inner_loss_reduction` defines.
