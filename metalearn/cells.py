@@ -36,6 +36,7 @@ class Cell(NamedTuple):
     """One run: its overrides (Hydra syntax), validated configuration, and names (12 hex digits each).
 
     needs: what its training starts from: cells that are trained first, and checkpoints that keys name.
+    problem: why it cannot be run here (its data are not there, a required key has no value); its ids mean nothing then.
     """
 
     overrides: tuple[str, ...]
@@ -44,6 +45,7 @@ class Cell(NamedTuple):
     train_id: str
     data_hash: str
     needs: tuple["Cell | Given", ...] = ()
+    problem: str | None = None
 
 
 class Given(NamedTuple):
@@ -61,7 +63,9 @@ class Axis(NamedTuple):
     values: tuple[str, ...]
 
 
-def expand(arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run: bool = True) -> list[Cell]:
+def expand(
+    arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run: bool = True, tolerant: bool = False
+) -> list[Cell]:
     """All cells that a command line means, in order, without repetition.
 
     Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too, except for keys that
@@ -73,6 +77,7 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run:
         config_dirs: further folders with groups, besides those of `hydra.searchpath`.
         to_run: False if the cells are only to be shown: required keys may lack a value, the data need not be there,
             and the ids mean nothing.
+        tolerant: keep a cell that cannot be run here, with its `problem`, instead of raising.
 
     Raises:
         BadInput: for a key, name, value or combination that cannot be.
@@ -86,7 +91,8 @@ def expand(arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run:
         unused = {name for p in products for name in p}
         for product in products:
             for chosen in itertools.product(*product.values()):
-                cell, dropped = _cell(dict(zip(product, chosen, strict=True)), sweep=_is_sweep(products), to_run=to_run)
+                point = dict(zip(product, chosen, strict=True))
+                cell, dropped = _cell(point, sweep=_is_sweep(products), to_run=to_run, tolerant=tolerant)
                 unused -= set(product) - dropped
                 cells.setdefault(cell.cell_id, cell)
         for name in sorted(unused):
@@ -252,7 +258,7 @@ def members(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
     return sorted(name.replace("\\", "/") for name in found)
 
 
-def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, set[str]]:
+def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool, tolerant: bool) -> tuple[Cell, set[str]]:
     """The cell of one point of a product, and the axes that it does not have."""
     groups = tuple(f"{k}={v}" for k, v in chosen.items() if k in CHOICES)
     for name in chosen:
@@ -265,8 +271,14 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool) -> tuple[Cell, s
         if not sweep or name.split(".")[0] not in GROUPS:
             raise BadInput(_no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
-    config = validate(_composed(_resolve(base, assignments)), complete=to_run)
-    return _named((*groups, *assignments), config, to_run), dropped
+    overrides, config = (*groups, *assignments), _composed(_resolve(base, assignments))
+    try:
+        return _named(overrides, validate(config, complete=to_run), to_run), dropped
+    except BadInput as error:
+        if not tolerant:
+            raise
+        cell = _named(overrides, validate(config, complete=False), to_run=False)
+        return cell._replace(problem=str(error)), dropped
 
 
 def _has(base: DictConfig, name: str) -> bool:

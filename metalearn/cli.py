@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import traceback
@@ -22,6 +23,12 @@ from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
 
 DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
+VERBS = {
+    "bench": "metalearn.bench.command",
+    "check": "metalearn.check.command",
+    "report": "metalearn.reports",
+}
+"""The module of each verb; its `main(arguments)` returns the exit code."""
 FAILED: list[str] = []
 """Ids of cells that raised in this process."""
 REFUSED: list[str] = []
@@ -48,18 +55,8 @@ def main() -> None:
 
 
 def _main(arguments: list[str]) -> int:
-    if arguments[:1] == ["bench"]:
-        from metalearn.bench.command import main as bench
-
-        return bench(arguments[1:])
-    if arguments[:1] == ["check"]:
-        from metalearn.check.command import main as check
-
-        return check(arguments[1:])
-    if arguments[:1] == ["report"]:
-        from metalearn.reports import main as report
-
-        return report(arguments[1:])
+    if arguments and arguments[0] in VERBS:
+        return importlib.import_module(VERBS[arguments[0]]).main(arguments[1:])
     parsed, unknown = get_args_parser().parse_known_args(arguments)
     if parsed.help:
         print(usage([a for a in parsed.overrides if "=" not in a]))

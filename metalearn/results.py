@@ -1,0 +1,159 @@
+"""The results store: finished cells are files under a folder, and this reads them. Imports no torch.
+
+Any `result.json` counts, those of `<output_dir>/runs/<cell_id>/` as well as curated ones (`docs/runs/...`); results that
+`rerun=true` archived (`old/<n>/`) do not.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+
+from metalearn.evaluation.metrics import metric_name, qualifiers_of
+from metalearn.ledger import read_json
+from metalearn.schema import BadInput
+from metalearn.schema.keys import show
+
+Config = dict[str, Any]
+
+
+class Result(NamedTuple):
+    """A finished cell: its folder, and what its result.json holds (contract, section 3)."""
+
+    folder: Path
+    data: dict[str, Any]
+
+    @property
+    def config(self) -> Config:
+        """The resolved configuration."""
+        return self.data["config"]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the run diverged, so that its metrics may be missing."""
+        return self.data["status"] == "diverged"
+
+    def metric(self, name: str, *, bn: str | None = None, group: str | None = None) -> dict[str, Any] | None:
+        """`mean, std, ci95, n, unit` of a metric at the protocol's test steps; None if the run did not measure it.
+
+        Args:
+            name: `accuracy`, `mse`, ...
+            bn: the batch-norm mode; None for the headline's.
+            group: the ground-truth group of tasks; None for all.
+        """
+        headline = bn is None or bn == self.data["protocol"]["bn"]
+        return self.data["metrics"].get(metric_name(name, bn=None if headline else bn, group=group))
+
+    def episodes(self, *, bn: str | None = None, step: int | None = None, group: str | None = None) -> pd.DataFrame:
+        """Rows of episodes.parquet in the order of the episodes; empty if there is no such file.
+
+        Args:
+            bn: as in `metric`.
+            step: adaptation step; None for the protocol's.
+            group: as in `metric`.
+        """
+        path, protocol = self.folder / "episodes.parquet", self.data["protocol"]
+        if not path.is_file():
+            return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
+        rows = pd.read_parquet(path)
+        rows = rows[rows["bn"] == (bn or protocol["bn"])]
+        rows = rows[rows["step"] == (protocol["test_steps"] if step is None else step)]
+        rows = rows if group is None else rows[rows["group"] == group]
+        return rows.sort_values("episode", ignore_index=True)
+
+    def log(self) -> pd.DataFrame:
+        """`metrics.jsonl`: one row a logged meta-step, the latest attempt's; empty if there is no such file."""
+        path = self.folder / "metrics.jsonl"
+        if not path.is_file():
+            return pd.DataFrame(columns=["attempt", "step"])
+        return read_log(path)
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """A training log as columns, by meta-step: of each value the latest attempt's, half-written lines left out."""
+    import json
+
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # of an attempt that was killed while writing
+        if isinstance(row, dict) and "step" in row:
+            rows.setdefault(row["step"], {}).update(row)
+    return pd.DataFrame([rows[step] for step in sorted(rows)])
+
+
+def find(place: str | Path) -> list[Result]:
+    """All results below a folder, in the order of their paths.
+
+    Raises:
+        BadInput: if there is no such folder.
+    """
+    place = Path(place)
+    if not place.is_dir():
+        raise BadInput(f"{place}: no such folder of results")
+    return sorted(_below(place), key=lambda r: r.folder)
+
+
+def _below(place: Path) -> Iterator[Result]:
+    for folder, names, files in os.walk(place):
+        names[:] = [n for n in names if n not in ("old", "checkpoints", "wandb", "hydra", "locks")]
+        if "result.json" in files and (data := read_json(Path(folder) / "result.json")) is not None:
+            yield Result(Path(folder), data)
+
+
+def value(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key; a group's own name stands for its member. None where there is none."""
+    node: Any = config
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node["name"] if isinstance(node, Mapping) and "name" in node else node
+
+
+def matches(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether a configuration has these values (as they are written on the command line)."""
+    return all(show(value(config, k)) == show(v) for k, v in wanted.items())
+
+
+def differing(results: Iterable[Result]) -> list[str]:
+    """The dotted keys in which the configurations of results differ, those that change no number left out."""
+    flat = [_flat(r.config) for r in results]
+    names = dict.fromkeys(k for f in flat for k in f)
+    return [k for k in names if len({show(f.get(k)) for f in flat}) > 1 and not _idle(k)]
+
+
+def _idle(key: str) -> bool:
+    return key in ("output_dir", "rerun") or key.startswith("logger.")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for k, v in config.items():
+        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {prefix + k: v}
+    return out
+
+
+def frame(results: Iterable[Result]) -> pd.DataFrame:
+    """One row a result and metric: ids, seed, members, steps, seconds, and the metric with its qualifiers."""
+    rows = []
+    for r in results:
+        members = {g: value(r.config, g) for g in ("algorithm", "dataset", "backbone", "regularizer")}
+        about = {"cell_id": r.data["cell_id"], **members, "seed": r.data["seed"], "status": r.data["status"]}
+        about |= {"steps": r.data["steps"], "seconds": r.data["seconds"], "folder": str(r.folder)}
+        for name, m in r.data["metrics"].items() or {"": {}}.items():
+            q = qualifiers_of(name)
+            where = {"bn": q.get("bn", r.data["protocol"]["bn"]), "group": q.get("group")}
+            where["step"] = int(q.get("step", r.data["protocol"]["test_steps"]))
+            rows.append({**about, "metric": name.partition("@")[0], **where, **m})
+    return pd.DataFrame(rows)
+
+
+def paired_values(results: Iterable[Result], **where: Any) -> dict[int, np.ndarray]:
+    """Per-episode values by seed, float64 in the order of the episodes; see `Result.episodes` for `where`."""
+    return {r.data["seed"]: r.episodes(**where)["value"].to_numpy("f8") for r in results if not r.diverged}

@@ -1,0 +1,81 @@
+"""The results store reads what runs leave, curated or not, and nothing else."""
+
+import json
+
+import pandas as pd
+import pytest
+
+from metalearn.results import differing, find, frame, matches, paired_values, value
+from metalearn.schema import BadInput
+
+CONFIG = {
+    "seed": 0, "output_dir": "outputs", "rerun": False,
+    "algorithm": {"name": "maml", "alpha": 0.1}, "dataset": {"name": "glyphs", "way": 5, "flip": False},
+    "backbone": {"name": "conv4"}, "regularizer": {"name": "none"},
+}  # fmt: skip
+
+
+def write(folder, *, seed=0, alpha=0.1, status="done", metrics=None):
+    folder.mkdir(parents=True)
+    config = {**CONFIG, "seed": seed, "algorithm": {"name": "maml", "alpha": alpha}, "output_dir": str(folder)}
+    score = {"mean": 0.5, "std": 0.1, "ci95": 0.1, "n": 2, "interval": "tasks", "unit": "fraction"}
+    metrics = {"accuracy": score, "accuracy@bn=support_plus_one": score | {"mean": 0.4}} if metrics is None else metrics
+    data = {"cell_id": f"{seed:012d}", "seed": seed, "config": config, "status": status, "steps": 3, "seconds": 1.0}
+    data |= {"protocol": {"bn": "batch", "test_steps": 2}, "metrics": metrics}
+    (folder / "result.json").write_text(json.dumps(data))
+    rows = [(e, bn, s, 0.1 * e + seed) for bn in ("batch", "support_plus_one") for s in (1, 2) for e in (1, 0)]
+    table = pd.DataFrame(rows, columns=["episode", "bn", "step", "value"]).assign(group=None, metric="accuracy", loss=0)
+    table.to_parquet(folder / "episodes.parquet")
+
+
+def test_find_reads_runs_and_curated_folders_but_no_archives(tmp_path):
+    write(tmp_path / "runs" / "a")
+    write(tmp_path / "runs" / "a" / "old" / "1", seed=7)
+    write(tmp_path / "curated" / "maml" / "seed1", seed=1)
+    (tmp_path / "runs" / "b").mkdir()
+    (tmp_path / "runs" / "b" / "result.json").write_text('{"half')
+    assert [r.data["seed"] for r in find(tmp_path)] == [1, 0]
+    with pytest.raises(BadInput, match="no such folder"):
+        find(tmp_path / "nothing")
+
+
+def test_metric_and_episodes_are_those_of_the_mode(tmp_path):
+    write(tmp_path / "a")
+    (r,) = find(tmp_path)
+    assert r.metric("accuracy")["mean"] == r.metric("accuracy", bn="batch")["mean"] == 0.5
+    assert r.metric("accuracy", bn="support_plus_one")["mean"] == 0.4
+    assert r.metric("mse") is None
+    assert r.episodes()[["episode", "step", "bn"]].to_numpy().tolist() == [[0, 2, "batch"], [1, 2, "batch"]]
+    assert len(r.episodes(step=1, bn="support_plus_one")) == 2
+
+
+def test_diverged_runs_are_rows_without_values(tmp_path):
+    write(tmp_path / "a", status="diverged", metrics={})
+    table = frame(find(tmp_path))
+    assert table["status"].tolist() == ["diverged"] and "mean" not in table
+    assert paired_values(find(tmp_path)) == {}
+
+
+def test_values_are_compared_as_written_on_the_command_line():
+    assert value(CONFIG, "algorithm") == "maml" and value(CONFIG, "algorithm.nope") is None
+    assert matches(CONFIG, {"algorithm": "maml", "dataset.way": "5", "dataset.flip": "false"})
+    assert matches(CONFIG, {"dataset.way": 5, "dataset.flip": False})
+    assert not matches(CONFIG, {"algorithm.alpha": 0.2})
+
+
+def test_differing_keys_leave_out_what_changes_no_number(tmp_path):
+    write(tmp_path / "a", alpha=0.1)
+    write(tmp_path / "b", alpha=0.2, seed=1)
+    assert differing(find(tmp_path)) == ["seed", "algorithm.alpha"]
+
+
+def test_the_latest_attempt_wins_and_half_lines_are_passed_over(tmp_path):
+    write(tmp_path / "a")
+    lines = [
+        '{"attempt": 1, "step": 1, "loss": 3}',
+        '{"attempt": 1, "step": 2, "lo',
+        '{"attempt": 2, "step": 1, "loss": 2}',
+    ]
+    (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(lines))
+    (r,) = find(tmp_path)
+    assert r.log()[["step", "loss"]].to_numpy().tolist() == [[1, 2]]
