@@ -1,7 +1,7 @@
 """The results store: finished cells are files under a folder, and this reads them. Imports no torch.
 
-Any `result.json` counts, those of `<output_dir>/runs/<cell_id>/` as well as curated ones (`docs/runs/...`); results that
-`rerun=true` archived (`old/<n>/`) do not.
+Any `result.json` counts, those of `<output_dir>/runs/<cell_id>/` as well as curated ones (`docs/runs/...`); results
+that `rerun=true` archived (`old/<n>/`) do not.
 """
 
 from __future__ import annotations

@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from metalearn.bench import report
 from metalearn.bench.peers import IMPLEMENTATIONS, OURS, SCRIPTS, Implementation
 from metalearn.bench.process import MALLOC, Setting
 from metalearn.bench.rounds import Bench, Log
 from metalearn.bench.workloads import WORKLOADS
+from metalearn.options import Parser
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
@@ -33,14 +34,9 @@ thing, which is checked before it is timed. Written to the folder as they arise:
 table.md, chart.svg. A call with the folder of an interrupted one goes on with it."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"bench: {message}; see metalearn bench --help")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The verb's options."""
-    p = _Parser(prog="metalearn bench", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("bench", DESCRIPTION)
     p.add_argument("--quick", action="store_true", help="W1 and W4 beside learn2learn and vmap, under three minutes")
     p.add_argument("--workloads", metavar="NAMES", help=f"of {', '.join(WORKLOADS)}; default all")
     peers = [name for name in IMPLEMENTATIONS if name != OURS]

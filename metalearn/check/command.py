@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from metalearn import cells
 from metalearn.ledger import CellDir, write_json
+from metalearn.options import Parser
 from metalearn.schema import BadInput
 
 DESCRIPTION = """Check the outer gradient of a run before trusting it: on its own network, data, precision and keys.
@@ -20,14 +20,9 @@ against one task at a time and against the run's own precision. Prints a table, 
 run's folder, from where the run's result.json takes it over. Exit code 1 if a check fails."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"check: {message}; see metalearn check --help")
-
-
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The verb's options."""
-    p = _Parser(prog="metalearn check", description=DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = Parser("check", DESCRIPTION)
     p.add_argument("what", choices=("grad",), help="grad: the outer gradient")
     p.add_argument("overrides", nargs="*", help="groups and keys of the run, as for metalearn itself")
     p.add_argument("--tasks", type=int, default=2, metavar="B", help="training tasks to compute on; default 2")

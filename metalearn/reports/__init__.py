@@ -10,18 +10,18 @@ Every other module of this package is one report and needs no registration. It i
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import pkgutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from metalearn.options import Parser, whole
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
@@ -38,11 +38,6 @@ class Content(NamedTuple):
     text: str
     data: dict[str, Any]
     figures: dict[str, Figure]
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise BadInput(f"{self.prog.removeprefix('metalearn ')}: {message}; see {self.prog} --help")
 
 
 def names() -> list[str]:
@@ -68,36 +63,15 @@ def usage() -> str:
     return "\n".join([*lines, "", "Writes report.md, report.json and pictures to outputs/theory/NAME, or to FOLDER."])
 
 
-def parser(name: str) -> argparse.ArgumentParser:
+def parser(name: str) -> Parser:
     """The options of one report."""
     module = load(name)
-    p = _Parser(
-        prog=f"metalearn report {name}",
-        description=f"{module.TITLE}.\n\n{module.DESCRIPTION}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    p = Parser(f"report {name}", f"{module.TITLE}.\n\n{module.DESCRIPTION}")
     folder = f"outputs/theory/{name}"
     p.add_argument("--output", metavar="FOLDER", default=folder, help=f"default {folder}; files there are replaced")
     p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every draw; default 0")
     module.options(p)
     return p
-
-
-def whole(least: int, most: int | None = None) -> Callable[[str], int]:
-    """An option's type: a whole number within bounds."""
-
-    def read(text: str) -> int:
-        bound = f"a whole number >= {least}" if most is None else f"a whole number in {least}..{most}"
-        try:
-            value = int(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text}: must be {bound}") from error
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
-        return value
-
-    return read
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -9,7 +9,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from metalearn.bench.workloads import WORKLOADS, Workload, make_arrays
-from metalearn.reports import Content, table, whole
+from metalearn.options import whole
+from metalearn.reports import Content, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

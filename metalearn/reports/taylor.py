@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from metalearn.reports import Content, table, whole
+from metalearn.options import whole
+from metalearn.reports import Content, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
