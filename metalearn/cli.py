@@ -27,6 +27,7 @@ VERBS = {
     "bench": "metalearn.bench.command",
     "check": "metalearn.check.command",
     "report": "metalearn.reports",
+    "sweep": "metalearn.sweep",
 }
 """The module of each verb; its `main(arguments)` returns the exit code."""
 FAILED: list[str] = []

@@ -1,0 +1,51 @@
+"""Options of verbs: parsed by argparse, refused like every other bad input."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import NoReturn
+
+from metalearn.schema import BadInput
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of `metalearn <verb>`: what is wrong is one line with the way to help, and exit code 2.
+
+    Args:
+        verb: the words after `metalearn`.
+        description: printed as it is.
+    """
+
+    def __init__(self, verb: str, description: str):
+        self.verb = verb
+        super().__init__(
+            prog=f"metalearn {verb}",
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{self.verb}: {message}; see {self.prog} --help")
+
+    def take_cells(self) -> None:
+        """Take groups and keys as a sweep does (parse with `parse_intermixed_args`)."""
+        self.add_argument("overrides", nargs="*", metavar="key=value", help="groups and keys, as after metalearn -m")
+        self.add_argument("--config-dir", "-cd", metavar="FOLDER", help="further yaml files, as for metalearn itself")
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """An option's type: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        bound = f"a whole number >= {least}" if most is None else f"a whole number in {least}..{most}"
+        try:
+            value = int(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}") from error
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text}: must be {bound}")
+        return value
+
+    return read
