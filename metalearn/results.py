@@ -109,10 +109,16 @@ def _below(place: Path) -> Iterator[Result]:
 
 
 def value(config: Mapping[str, Any], key: str) -> Any:
-    """The value of a dotted key; a group's own name stands for its member. None where there is none."""
+    """The value of a dotted key; a group's own name stands for its member. None where there is none.
+
+    `dataset.test_way`, `test_shot` and `test_queries` that are null have the value of training, as their keys say: a
+    table's column means the tasks that were tested, however wide those of training were (Reptile, ProtoNet).
+    """
     node: Any = config
     for part in key.split("."):
         node = node.get(part) if isinstance(node, Mapping) else None
+    if node is None and key.startswith("dataset.test_"):
+        return value(config, key.replace("test_", "", 1))
     return node["name"] if isinstance(node, Mapping) and "name" in node else node
 
 

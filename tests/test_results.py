@@ -63,6 +63,13 @@ def test_values_are_compared_as_written_on_the_command_line():
     assert not matches(CONFIG, {"algorithm.alpha": 0.2})
 
 
+def test_sizes_of_test_tasks_are_those_of_training_unless_given():
+    same, other = ({"dataset": {"name": "glyphs", "shot": 5, "test_shot": s}} for s in (None, 1))
+    assert (value(same, "dataset.test_shot"), value(other, "dataset.test_shot")) == (5, 1)
+    assert matches(other, {"dataset.test_shot": 1}) and not matches(same, {"dataset.test_shot": 1})
+    assert value(same, "dataset.test_way") is None and value(same, "dataset.test_flip") is None
+
+
 def test_differing_keys_leave_out_what_changes_no_number(tmp_path):
     write(tmp_path / "a", alpha=0.1)
     write(tmp_path / "b", alpha=0.2, seed=1)
