@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
@@ -63,6 +64,7 @@ class CellDir:
         self.cell_id = cell_id
         self._status: dict[str, Any] = {}
         self._beat = 0.0
+        self._writing, self._ended = threading.Lock(), threading.Event()
         self._lock = FileLock(self.output / "locks" / f"{cell_id}.lock")
 
     @property
@@ -107,7 +109,7 @@ class CellDir:
             "attempt": attempt,
             "pid": os.getpid(),
             "host": socket.gethostname(),
-            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_job_id": slurm_job(),
             "started": now(),
             "error": None,
         }
@@ -117,19 +119,31 @@ class CellDir:
         ):
             stale.unlink()  # of a writer that was killed; we hold the lock
         self.beat(force=True)
+        self._ended = threading.Event()
+        threading.Thread(target=self._pulse, args=(self._ended,), daemon=True, name="heartbeat").start()
         return attempt
+
+    def _pulse(self, ended: threading.Event) -> None:
+        """Beat through work that says nothing of itself, such as a long test or a compilation."""
+        while not ended.wait(HEARTBEAT_SECONDS):
+            self.beat()
 
     def beat(self, *, force: bool = False, **progress: Any) -> None:
         """Say that the attempt lives (at most every ten seconds unless forced)."""
-        if force or time.monotonic() - self._beat > HEARTBEAT_SECONDS:
-            self._beat = time.monotonic()
-            self._status |= {"heartbeat": now(), **progress}
-            write_json(self.path / "status.json", self._status)
+        with self._writing:
+            self._status |= progress
+            if force or time.monotonic() - self._beat > HEARTBEAT_SECONDS:
+                self._beat = time.monotonic()
+                self._status["heartbeat"] = now()
+                write_json(self.path / "status.json", self._status)
         if self.wanted_by is not None:
             self.wanted_by.beat(phase=f"training of {self.cell_id}")
 
     def finish(self, state: str, error: str | None = None) -> None:
-        """Record how the attempt ended: done, diverged, failed or killed."""
+        """Record how the attempt ended: done, diverged, failed or killed. The first record stands."""
+        if self._status.get("state") != "running":
+            return
+        self._ended.set()
         self._status |= {"state": state, "error": error}
         self.beat(force=True)
 
@@ -219,6 +233,12 @@ def given_checkpoint(path: str | Path) -> Found:
     if result["status"] != "done":
         raise ValueError(f"the run there is {result['status']}")
     return trained_parameters(path)
+
+
+def slurm_job() -> str | None:
+    """The SLURM job that this process belongs to, as squeue prints it (`A_a` for a task of an array)."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def leads() -> bool:

@@ -12,6 +12,7 @@ import pandas as pd
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
+from lightning_fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from pytorch_lightning.loggers import Logger
 
 from metalearn.analysis import Analysis, adaptation, adaptation_figure
@@ -38,6 +39,7 @@ from metalearn.objects import NOT_ARGUMENTS, build
 from metalearn.ops.conv import multiply_in
 from metalearn.outer import outer_rule
 from metalearn.phases import forget, products
+from metalearn.preemption import SaveOnSignal, handle_signals
 from metalearn.prerequisites import State, ready
 from metalearn.record import git_state, result_of
 from metalearn.schema import BadInput
@@ -123,6 +125,7 @@ def run(cell: Cell, directory: CellDir | None = None) -> str:
 
         write_atomically(directory.path / "config.yaml", yaml.safe_dump(config, sort_keys=False).encode())
     before = dict(os.environ)
+    handle_signals()
     try:
         state = _train_and_test(cell, directory, attempt, main)
     except (KeyboardInterrupt, SystemExit):
@@ -162,7 +165,7 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
         directory, attempt, headline=modes[0], log_every=t["log_every"], save_seconds=t["save_seconds"], writes=main
     )
     logger = build_logger(config, directory, attempt) if main else None
-    trainer = build_trainer(config, directory, recorder, logger)
+    trainer = build_trainer(config, directory, [recorder, SaveOnSignal(recorder, lambda: close(logger, {}))], logger)
     dataset.to(trainer.strategy.root_device)
     error = None
     try:
@@ -198,11 +201,21 @@ def _starts(cell: Cell, directory: CellDir) -> tuple[list[State], Diverged | Non
         return [], diverged
 
 
-def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger: Logger | None) -> pl.Trainer:
-    """Lightning's trainer, for devices, processes and hooks; the meta-step and its counter are ours."""
+def build_trainer(
+    config: Config, directory: CellDir, callbacks: list[pl.Callback], logger: Logger | None
+) -> pl.Trainer:
+    """Lightning's trainer, for devices, processes and hooks; the meta-step and its counter are ours.
+
+    Ranks come from SLURM where it has started several processes of this job, else from Lightning. Its own handling of
+    SLURM's signals is off: it would not count restarts.
+    """
     t = config["trainer"]
     if t["accelerator"] == "cuda" and not torch.cuda.is_available():
         raise BadInput("trainer.accelerator=cuda: this machine has no usable GPU; use auto or cpu")
+    environment: list[Any] = []
+    if "SLURM_JOB_ID" in os.environ:
+        several = int(os.environ.get("SLURM_NTASKS", 1)) > 1
+        environment = [SLURMEnvironment(auto_requeue=False) if several else LightningEnvironment()]
     return pl.Trainer(
         accelerator={"cuda": "gpu"}.get(t["accelerator"], t["accelerator"]),
         devices=t["devices"],
@@ -212,7 +225,8 @@ def build_trainer(config: Config, directory: CellDir, recorder: Recorder, logger
         check_val_every_n_epoch=1,
         limit_val_batches=None if t["val_every"] else 0,
         logger=logger or False,
-        callbacks=[recorder],
+        callbacks=callbacks,
+        plugins=environment,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
