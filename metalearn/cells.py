@@ -68,9 +68,9 @@ def expand(
 ) -> list[Cell]:
     """All cells that a command line means, in order, without repetition.
 
-    Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too, except for keys that
-    the command line sets. In a sweep an axis that some member does not have is dropped for that member; an axis that
-    no member has is an error.
+    Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too; the command line
+    narrows it to the values that it names, or puts new ones in their place. In a sweep an axis that some member does
+    not have is dropped for that member; an axis that no member has is an error.
 
     Args:
         arguments: overrides in Hydra's syntax; those of `hydra` itself are passed over.
@@ -167,16 +167,26 @@ def _experiments(axes: list[Axis]) -> Iterable[str]:
 
 
 def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, ...]]]:
-    """The products of an experiment's grid, with the command line's axes in place of its own."""
+    """The products of an experiment's grid, narrowed to the command line's values.
+
+    A value that some product lists is taken in those products alone, so that `algorithm=maml` does not run MAML with
+    what another product sets for Reptile. Values that no product lists, or none together, take the place of all.
+    """
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
     grid = _base((f"experiment={experiment}",))[0].get("grid") or [{}]
     if not OmegaConf.is_list(grid) and not isinstance(grid, list):
         raise BadInput(f"experiment={experiment}: its grid must be a list of products")
-    products = []
-    for block in grid:
-        own = {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
-        products.append({k: v for k, v in own.items() if k not in given} | given)
-    return products
+    blocks = [
+        {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
+        for block in grid
+    ]
+    listed = {k: {v for block in blocks for v in block.get(k, ())} for k in given}
+    narrowed = [
+        block
+        | {k: tuple(v for v in vs if k not in block or v in block[k] or v not in listed[k]) for k, vs in given.items()}
+        for block in blocks
+    ]
+    return [p for p in narrowed if all(p[k] for k in given)] or [block | given for block in blocks]
 
 
 def _literal(value: Any) -> str:

@@ -174,6 +174,35 @@ def test_the_command_line_beats_a_grid(conf):
     assert values(expand(["experiment=p/x", "trainer.max_steps=9", "seed=0"], dirs)[:1], "trainer.max_steps") == [(9,)]
 
 
+BLOCKS = """# @package _global_
+defaults:
+  - override /dataset: sinusoid
+grid:
+  - {algorithm: [maml, anil], dataset.shot: [5, 10], seed: [0, 1]}
+  - {algorithm: [reptile], algorithm.alpha: [0.05], dataset.test_shot: [5], seed: [0, 1]}
+  - {algorithm: [reptile], algorithm.alpha: [0.02], dataset.test_shot: [10], seed: [0, 1]}
+"""
+
+
+def test_the_command_line_narrows_a_grid_to_the_products_that_list_its_values(conf):
+    """Neither MAML with Reptile's rate, nor one shot with what the grid sets for another."""
+    dirs = conf("experiment/p/x", BLOCKS)
+    shown = ("algorithm.name", "algorithm.alpha", "dataset.shot", "dataset.test_shot", "seed")
+
+    def cells_of(*arguments):
+        return values(expand(["experiment=p/x", *arguments], dirs), *shown)
+
+    reptile = [("reptile", 0.05, 10, 5), ("reptile", 0.02, 10, 10)]
+    assert cells_of("algorithm=maml", "seed=1") == [("maml", 0.01, 5, None, 1), ("maml", 0.01, 10, None, 1)]
+    assert cells_of("algorithm=reptile,anil", "dataset.shot=5", "seed=3") == [
+        ("anil", 0.01, 5, None, 3), *((*r[:2], 5, r[3], 3) for r in reptile)
+    ]  # fmt: skip
+    assert cells_of("algorithm=reptile", "dataset.test_shot=10", "seed=1,2") == [(*reptile[1], 1), (*reptile[1], 2)]
+    for arguments in (["algorithm=fomaml"], ["algorithm=reptile", "algorithm.alpha=0.05", "dataset.test_shot=10"]):
+        found = cells_of(*arguments, "seed=0")  # in no product: in place of all that is there
+        assert len(found) == len(set(found)) >= 2 and {f[0] for f in found} == {arguments[0].split("=")[1]}
+
+
 def test_experiments_multiply_and_refuse_what_is_wrong_in_them(conf):
     conf("experiment/a", "# @package _global_\nseed: 4\n")
     dirs = conf("experiment/b", "# @package _global_\ngrid: [{seed: [5, 4]}]\n")
