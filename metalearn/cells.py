@@ -282,6 +282,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool, tolerant: bool) 
             raise BadInput(_no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
     overrides, config = (*groups, *assignments), _composed(_resolve(base, assignments))
+    config = _grouped(config, chosen.get("experiment"))
     try:
         return _named(overrides, validate(config, complete=to_run), to_run), dropped
     except BadInput as error:
@@ -343,6 +344,14 @@ def _composed(config: Config) -> Config:
     return config | {"dataset": member_of("dataset", dataset).composed(dataset, _dataset)}
 
 
+def _grouped(config: Config, experiment: str | None) -> Config:
+    """The configuration whose W&B group is the experiment's name, unless it has a group or there is no experiment."""
+    logger = config["logger"]
+    if logger["group"] is not None or experiment in (None, "null"):
+        return config
+    return config | {"logger": logger | {"group": experiment}}
+
+
 @lru_cache(maxsize=64)
 def _dataset(name: str, key: str) -> Config:
     """The section of a data set as its yaml file has it, not to be changed; `key` is what names it."""
@@ -354,10 +363,16 @@ def _dataset(name: str, key: str) -> Config:
     return {str(k): v for k, v in section.items()}
 
 
-def from_composed(config: DictConfig, config_dirs: Sequence[str] = ()) -> Cell:
-    """The cell of a configuration that Hydra composed (as in a launcher's job), with its folders of further groups."""
+def from_composed(config: DictConfig, config_dirs: Sequence[str] = (), experiment: str | None = None) -> Cell:
+    """The cell of a configuration that Hydra composed (as in a launcher's job).
+
+    Args:
+        config: see above.
+        config_dirs: Hydra's folders of further groups.
+        experiment: the experiment that Hydra composed, if any.
+    """
     with _composer(config_dirs):
-        return _named((), validate(_composed(_resolve(config, ()))))
+        return _named((), validate(_grouped(_composed(_resolve(config, ())), experiment)))
 
 
 # ---- names -------------------------------------------------------------------------------------------------------

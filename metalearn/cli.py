@@ -113,8 +113,9 @@ def _hydra(arguments: list[str]) -> int:
 
 def _task(config: DictConfig) -> str | None:
     """Hydra's task function: run the cell that a composed configuration means."""
-    sources = HydraConfig.get().runtime.config_sources
-    cell = cells.from_composed(config, [s.path for s in sources if s.schema == "file" and s.provider != "main"])
+    runtime = HydraConfig.get().runtime
+    folders = [s.path for s in runtime.config_sources if s.schema == "file" and s.provider != "main"]
+    cell = cells.from_composed(config, folders, runtime.choices.get("experiment"))
     sys.argv[1:] = [*FLAGS, *HydraConfig.get().overrides.task]  # Lightning's further processes repeat the command
     directory = CellDir(cell.config["output_dir"], cell.cell_id)
     leader = leads()

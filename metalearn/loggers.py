@@ -3,58 +3,218 @@
 from __future__ import annotations
 
 import os
-import re
+import threading
 import warnings
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, Protocol
 
-from pytorch_lightning.loggers import CSVLogger, Logger, WandbLogger
+from pytorch_lightning.loggers import CSVLogger, Logger
 
+from metalearn import wandb_run
 from metalearn.ledger import CellDir
 
 Config = dict[str, Any]
+PATIENCE_SECONDS = 30.0
+"""How long the end of a run waits for W&B to upload or to answer at all; schedulers give little time after a signal."""
 
 
-def build_logger(config: Config, cell: CellDir, attempt: int) -> Logger | None:
-    """The logger that a run asks for; None for none, or if W&B cannot start (a warning says why)."""
-    section = config["logger"]
-    if section["name"] == "none":
-        return None
-    if section["name"] == "csv":  # a version for each attempt: Lightning deletes an existing file
-        return CSVLogger(cell.path, name="csv", version=f"attempt_{attempt}")
-    try:
-        return _wandb(config, cell, attempt)
-    except Exception as error:
-        warnings.warn(f"logging to W&B is off: {error}", stacklevel=2)
-        return None
+class Sink(Protocol):
+    """Where a mirror writes; any method may raise."""
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        """Take the numbers of a meta-step."""
+
+    def flush(self) -> None:
+        """Bring what was written to the disk."""
+
+    def end(self, state: str, result: Config | None) -> None:
+        """Take the result, if there is one, and end; see `Mirror.close`."""
 
 
-def _wandb(config: Config, cell: CellDir, attempt: int) -> WandbLogger:
-    """A W&B run named by cell and attempt, offline unless WANDB_MODE says otherwise."""
+class Mirror(Logger):
+    """Lightning's logger over a sink whose failures stop nothing: the first is a warning, and later rows are left out.
+
+    Args:
+        kind: its name in warnings.
+        sink: see above.
+        cell: whose training is mirrored.
+        attempt: its number.
+    """
+
+    def __init__(self, kind: str, sink: Sink, cell: CellDir, attempt: int):
+        super().__init__()
+        self.kind, self.sink, self.cell, self.attempt = kind, sink, cell, attempt
+        self._lost = self._closed = False
+
+    @property
+    def name(self) -> str:
+        return self.kind
+
+    @property
+    def version(self) -> int:
+        return self.attempt
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.cell.path)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if metrics and step is not None:
+            self._attempt(self.sink.write, metrics, step)
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the configuration is there from the start."""
+
+    def save(self) -> None:
+        self._attempt(self.sink.flush)
+
+    def close(self, state: str, result: Config | None = None) -> None:
+        """End the mirror; the first call counts.
+
+        Args:
+            state: done, diverged, failed or killed.
+            result: what result.json says, if the run has come so far.
+        """
+        if not self._closed:
+            self._closed, lost = True, self._lost
+            self._lost = False  # what is lost must be ended too, or it stands in the way of the process's next run
+            self._attempt(self.sink.end, state, result, quiet=lost)
+
+    def _attempt(self, act: Callable[..., None], *arguments: Any, quiet: bool = False) -> None:
+        if self._lost:
+            return
+        try:
+            act(*arguments)
+        except Exception as error:
+            self._lost = True
+            if not quiet:
+                what = (
+                    f"logging to {self.kind} has ended: {_words(error)}; metrics.jsonl and result.json have everything"
+                )
+                warnings.warn(what, stacklevel=2)
+
+
+def _words(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+class CsvSink:
+    """`csv/attempt_<n>/metrics.csv`, a folder for each attempt: Lightning deletes an existing file."""
+
+    def __init__(self, config: Config, cell: CellDir, attempt: int):
+        self.csv = CSVLogger(cell.path, name="csv", version=f"attempt_{attempt}")
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self.csv.log_metrics(row, step)
+
+    def flush(self) -> None:
+        self.csv.save()
+
+    def end(self, state: str, result: Config | None) -> None:
+        self.csv.save()
+
+
+class WandbSink:
+    """A W&B run named by cell and attempt, offline unless WANDB_MODE says otherwise; W&B's step is the meta-step."""
+
+    def __init__(self, config: Config, cell: CellDir, attempt: int):
+        self.run = wandb_run.start(
+            config,
+            f"{cell.cell_id}-{attempt}",
+            cell.path,
+            os.environ.get("WANDB_MODE", "offline"),
+            init_timeout=PATIENCE_SECONDS,
+            finish_timeout=PATIENCE_SECONDS,
+            finish_timeout_raises=True,
+        )
+
+    def write(self, row: dict[str, Any], step: int) -> None:
+        self.run.log(wandb_run.history_row(row), step=step)
+
+    def flush(self) -> None:
+        """Nothing: W&B's process writes by itself."""
+
+    def end(self, state: str, result: Config | None) -> None:
+        _within(2 * PATIENCE_SECONDS, lambda: self._end(state, result))
+
+    def _end(self, state: str, result: Config | None) -> None:
+        try:
+            if result is not None:
+                self.run.summary.update(wandb_run.summary(result))
+            self.run.finish(exit_code=wandb_run.EXIT_CODES[state])
+        except TimeoutError:
+            raise  # the process lives, its server does not
+        except Exception:
+            _forget_process()
+            raise
+
+
+def _within(seconds: float, act: Callable[[], None]) -> None:
+    """Do something that may hang.
+
+    Raises:
+        TimeoutError: if it has not ended by then; W&B's process is gone after that.
+        Exception: what it raised.
+    """
+    raised: list[Exception] = []
+
+    def work() -> None:
+        try:
+            act()
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=work, daemon=True, name="end of mirror")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        _forget_process(kill=True)
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if raised:
+        raise raised[0]
+
+
+def _forget_process(kill: bool = False) -> None:
+    """Let the next run of this process start a new W&B process: this one is lost, and would hold up our exit."""
     import wandb
 
+    with suppress(Exception):
+        if kill:  # there is no public way
+            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
+    with suppress(Exception):
+        wandb.teardown()
+
+
+SINKS: dict[str, tuple[str, Callable[[Config, CellDir, int], Sink]]] = {
+    "csv": ("CSV", CsvSink),
+    "wandb": ("W&B", WandbSink),
+}
+
+
+def build_logger(config: Config, cell: CellDir, attempt: int) -> Mirror | None:
+    """The mirror that a run asks for; None for none, or if it cannot start (a warning says why)."""
     section = config["logger"]
-    run = wandb.init(
-        project=section["project"],
-        dir=str(cell.path),
-        id=f"{cell.cell_id}-{attempt}",
-        name=f"{config['algorithm']['name']}_{config['dataset']['name']}_{config['seed']}",
-        group=section["group"],
-        job_type="train",
-        tags=[config["algorithm"]["name"], config["dataset"]["name"], *section["tags"]],
-        config=config,
-        mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
-        settings=wandb.Settings(silent=True, console="off"),
-    )
-    return WandbLogger(experiment=run, save_dir=str(cell.path))
-
-
-def close(logger: Logger | None, metrics: dict[str, dict[str, Any]]) -> None:
-    """Hand the test metrics to W&B, under names of letters, digits and underscores, and end its run."""
-    if not isinstance(logger, WandbLogger):
-        return
+    if section["name"] not in SINKS:
+        return None
+    kind, make = SINKS[section["name"]]
     try:
-        summary = {"test_" + re.sub(r"[^A-Za-z0-9]+", "_", name): m["mean"] for name, m in metrics.items()}
-        logger.experiment.summary.update(summary)
-        logger.experiment.finish()
+        return Mirror(kind, make(config, cell, attempt), cell, attempt)
     except Exception as error:
-        warnings.warn(f"W&B did not take the result: {error}", stacklevel=2)
+        warnings.warn(f"logging to {kind} is off: {_words(error)}", stacklevel=2)
+        return None
+
+
+@contextmanager
+def mirrored(config: Config, cell: CellDir, attempt: int) -> Iterator[Mirror | None]:
+    """The mirror of a block, which is ended whatever ends the block; attempt 0 (another rank) has none."""
+    mirror = build_logger(config, cell, attempt) if attempt else None
+    state = "killed"
+    try:
+        yield mirror
+    except Exception:
+        state = "failed"
+        raise
+    finally:
+        if mirror is not None:
+            mirror.close(state)

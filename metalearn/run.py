@@ -33,7 +33,7 @@ from metalearn.ledger import (
     write_atomically,
     write_json,
 )
-from metalearn.loggers import build_logger, close
+from metalearn.loggers import mirrored
 from metalearn.memory import keep_freed_memory
 from metalearn.objects import NOT_ARGUMENTS, build
 from metalearn.ops.conv import multiply_in
@@ -164,32 +164,35 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
     recorder = Recorder(
         directory, attempt, headline=modes[0], log_every=t["log_every"], save_seconds=t["save_seconds"], writes=main
     )
-    logger = build_logger(config, directory, attempt) if main else None
-    trainer = build_trainer(config, directory, [recorder, SaveOnSignal(recorder, lambda: close(logger, {}))], logger)
-    dataset.to(trainer.strategy.root_device)
-    error = None
-    try:
-        if diverged is not None:
-            raise diverged
-        if source is None:
-            fit(trainer, learner, data, recorder, starts)
+    with mirrored(config, directory, attempt) as logger:
+        callbacks = [recorder, SaveOnSignal(recorder, lambda: logger.close("killed") if logger else None)]
+        trainer = build_trainer(config, directory, callbacks, logger)
+        dataset.to(trainer.strategy.root_device)
+        error = None
+        try:
+            if diverged is not None:
+                raise diverged
+            if source is None:
+                fit(trainer, learner, data, recorder, starts)
+                if main:
+                    note_trained(config["output_dir"], cell.train_id, cell.cell_id)
+            else:
+                recorder.resume(learner, checkpoints)
+            step = recorder.select(learner, config["evaluation"]["checkpoint"], checkpoints)
             if main:
-                note_trained(config["output_dir"], cell.train_id, cell.cell_id)
-        else:
-            recorder.resume(learner, checkpoints)
-        step = recorder.select(learner, config["evaluation"]["checkpoint"], checkpoints)
+                directory.beat(force=True, phase="test")
+            trainer.test(learner, data, verbose=False)
+        except Diverged as met:
+            error, step = str(met), learner.meta_steps
         if main:
-            directory.beat(force=True, phase="test")
-        trainer.test(learner, data, verbose=False)
-    except Diverged as met:
-        error, step = str(met), learner.meta_steps
-    if main:
-        rows = episode_rows(recorder, learner, dataset)
-        result = result_of(cell, learner, recorder, rows, code, modes[0], step, recorder.elapsed, error)
-        if error is None and (found := learner.to(trainer.strategy.root_device).analyse(data)) is not None:
-            result["metrics"] |= _analysis(found, rows, learner.metric_name, directory)
-        certificate = read_json(directory.path / "certificate.json")
-        _write_result(directory, rows, result | ({"certificate": certificate} if certificate else {}), logger)
+            rows = episode_rows(recorder, learner, dataset)
+            result = result_of(cell, learner, recorder, rows, code, modes[0], step, recorder.elapsed, error)
+            if error is None and (found := learner.to(trainer.strategy.root_device).analyse(data)) is not None:
+                result["metrics"] |= _analysis(found, rows, learner.metric_name, directory)
+            certificate = read_json(directory.path / "certificate.json")
+            _write_result(directory, rows, result | ({"certificate": certificate} if certificate else {}))
+            if logger is not None:
+                logger.close(result["status"], result)
     return "done" if error is None else "diverged"
 
 
@@ -301,13 +304,12 @@ def _analysis(found: Analysis, rows: pd.DataFrame, metric: str, directory: CellD
     return found.metrics
 
 
-def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config, logger: Logger | None) -> None:
-    """Episodes first, then the mirror, and result.json last: its presence means finished."""
+def _write_result(directory: CellDir, rows: pd.DataFrame, result: Config) -> None:
+    """Episodes first and result.json last: its presence means finished."""
     part = directory.path / ".episodes.parquet.part"
     rows.to_parquet(part, index=False)
     os.replace(part, directory.path / "episodes.parquet")
-    close(logger, result["metrics"])
     write_json(directory.path / "result.json", result)
 
 
-__all__ = ["NOT_ARGUMENTS", "build", "build_learner", "build_logger", "build_trainer", "fit", "prepare", "run"]
+__all__ = ["NOT_ARGUMENTS", "build", "build_learner", "build_trainer", "fit", "prepare", "run"]

@@ -209,10 +209,11 @@ class Recorder(pl.Callback):
     def note(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         """Write numbers of a meta-step to the log and its mirrors; None for those that are not finite."""
         values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # type: ignore[misc]
+        row = {**values, "seconds": round(self.elapsed, 3)}
         if self.metrics:
-            self.metrics.write(step, {**values, "seconds": round(self.elapsed, 3)})
+            self.metrics.write(step, row)
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in values.items() if v is not None}, step=step)
+            logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
 
     def _progress(self, trainer: pl.Trainer, learner: MetaLearner, data: Episodes, value: float | None = None) -> None:
         """One line: rewritten in place on a terminal, printed at each validation elsewhere."""

@@ -164,6 +164,21 @@ def test_a_grid_is_a_list_of_products(conf):
     assert "grid" not in last
 
 
+def test_the_group_of_an_experiments_cells_is_its_name_and_names_nothing(conf):
+    conf("experiment/p/y", "# @package _global_\ngrid: [{seed: [4]}]\n")
+    dirs = conf("experiment/p/z", "# @package _global_\nseed: 4\nlogger: {group: mine}\n")
+    plain = one(SINE, "seed=4")
+    cases = {
+        ("experiment=p/y",): "p/y",
+        ("experiment=p/y", "logger.group=own"): "own",
+        ("experiment=p/z",): "mine",
+        ("experiment=null", "seed=4"): None,
+    }
+    for more, group in cases.items():
+        cell = one(SINE, *more, config_dirs=dirs)
+        assert (cell.cell_id, cell.config["logger"]["group"]) == (plain.cell_id, group)
+
+
 def test_the_command_line_beats_a_grid(conf):
     dirs = conf("experiment/p/x", GRID)
     assert values(expand(["experiment=p/x", "seed=5"], dirs), "seed") == [(5,)] * 4

@@ -281,14 +281,17 @@ def test_a_users_own_folder(call, tmp_path):
 
     def settings(place):
         return sorted(
-            (r["seed"], r["config"]["algorithm"]["name"], r["config"]["backbone"]["name"])
+            (r["seed"], *(r["config"][g]["name"] for g in ("algorithm", "backbone")), r["config"]["logger"]["group"])
             for r in results(place).values()
         )
 
     for i, (arguments, expected) in enumerate({
-        ("algorithm=mine", "+seed=2"): [(2, "mine", "mlp")],
-        ("experiment=p/single",): [(3, "mine", "mlp")],
-        ("experiment=p/several",): [(4, "mine", "mlp"), (5, "maml", "mlp_sine")],
+        ("algorithm=mine", "+seed=2"): [(2, "mine", "mlp", None)],
+        ("experiment=p/single",): [(3, "mine", "mlp", "p/single")],
+        ("experiment=p/several",): [
+            (4, "mine", "mlp", "p/several"),
+            (5, "maml", "mlp_sine", "p/several"),
+        ],
     }.items()):  # fmt: skip
         assert call(*folder, *plain, f"output_dir='{tmp_path / str(i)}'", *arguments)[0] == 0
         assert settings(tmp_path / str(i)) == expected

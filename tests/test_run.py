@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import wandb_file
 from runs import assert_twins, cell_of, checkpoint, console, folder, result
 
-from metalearn import loggers, training
+from metalearn import training
 from metalearn.ledger import CellDir
 from metalearn.run import run
 
@@ -143,23 +142,6 @@ def test_divergence_is_a_result(tmp_path):
     assert all(word in found["error"] for word in ("meta-step", "task", "algorithm.alpha = 1e+30"))
 
 
-def test_a_failing_mirror_stops_nothing(tmp_path, monkeypatch):
-    def broken(*_):
-        raise OSError("no space left")
-
-    monkeypatch.setattr(loggers, "_wandb", broken)
-    cell = cell_of(tmp_path, "trainer.max_steps=2", "trainer.val_every=0", "logger=wandb")
-    with pytest.warns(UserWarning, match="W&B is off: no space left"):
-        assert run(cell) == "done"
-
-
-def test_csv_log_keeps_every_attempt(tmp_path):
-    cell = cell_of(tmp_path, "trainer.max_steps=4", "trainer.val_every=2", "logger=csv", "trainer.log_every=1")
-    run(cell)
-    frame = pd.read_csv(folder(tmp_path, cell) / "csv" / "attempt_1" / "metrics.csv")
-    assert frame["loss"].notna().sum() == 4 and frame["val_mse"].notna().sum() == 2
-
-
 def test_half_a_line_of_a_killed_attempt_is_fenced_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"attempt": 1, "step": 1}\n{"attempt": 1, "st')
@@ -186,26 +168,6 @@ def test_learns_sinusoids_in_a_few_seconds(tmp_path):
     after, before = (result(tmp_path, c)["metrics"] for c in (trained, untrained))
     assert after["mse"]["mean"] < 0.6 * after["mse@step=0"]["mean"]
     assert after["mse"]["mean"] < 0.5 * before["mse"]["mean"]
-
-
-@pytest.mark.slow
-def test_wandb_offline_file_holds_the_whole_log(tmp_path):
-    """The mirror says what metrics.jsonl says, and carries group, tags and configuration."""
-    done = console(
-        tmp_path, "logger=wandb", "logger.group=sweep", "logger.tags=[extra]", "trainer.max_steps=30",
-        "trainer.val_every=10", "trainer.log_every=1", env={"WANDB_MODE": "offline"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    cell = cell_of(tmp_path, "trainer.max_steps=30", "trainer.val_every=10")
-    (path,) = folder(tmp_path, cell).glob("wandb/offline-run-*/*.wandb")
-    history, about = wandb_file.read(path)
-    mine = [x for x in lines(tmp_path, cell) if "loss" in x]
-    theirs = {h["trainer/global_step"] if "_step" not in h else h["_step"]: h for h in history if "loss" in h}
-    assert [h["loss"] for _, h in sorted(theirs.items())] == pytest.approx([x["loss"] for x in mine])
-    assert about["group"] == "sweep" and set(about["tags"]) >= {"maml", "sinusoid", "extra"}
-    assert about["id"] == f"{cell.cell_id}-1"
-    names = {name for h in history for name in h}
-    assert all(name.replace("/", "_").replace("_", "").isalnum() for name in names)
 
 
 @pytest.mark.slow

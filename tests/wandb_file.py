@@ -3,8 +3,9 @@
 import json
 import struct
 from pathlib import Path
+from typing import NamedTuple
 
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import Record, RunRecord
 
 BLOCK, HEADER = 32768, 7
 
@@ -29,14 +30,36 @@ def records(path: Path):
             whole = b""
 
 
-def read(path: Path) -> tuple[list[dict], dict]:
-    """The logged history, and the run's id, group and tags."""
-    history, about = [], {}
+class Mirrored(NamedTuple):
+    """What a file says of its run: its record, rows by W&B's step, configuration, summary, and how it ended."""
+
+    run: RunRecord
+    history: dict[int, dict]
+    config: dict
+    summary: dict
+    exit_code: int | None
+
+
+def read(path: Path) -> Mirrored:
+    """Everything, put together as W&B's server would."""
+    run, history, config, summary, code = None, {}, {}, {}, None
     for record in records(path):
         kind = record.WhichOneof("record_type")
         if kind == "history":
-            names = [(i.key or "/".join(i.nested_key), i.value_json) for i in record.history.item]
-            history.append({name: json.loads(value) for name, value in names})
+            row = _values(record.history.item)
+            history.setdefault(row["_step"], {}).update(row)
         elif kind == "run":
-            about = {"id": record.run.run_id, "group": record.run.run_group, "tags": list(record.run.tags)}
-    return history, about
+            run = record.run
+            config |= _values(run.config.update)
+        elif kind == "config":
+            config |= _values(record.config.update)
+        elif kind == "summary":
+            summary |= _values(record.summary.update)
+        elif kind == "exit":
+            code = record.exit.exit_code
+    config.pop("_wandb", None)
+    return Mirrored(run, history, config, summary, code)
+
+
+def _values(items) -> dict:
+    return {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in items}

@@ -103,5 +103,5 @@ class Logger:
         choices=("wandb", "csv", "none"),
     )
     project: str = key("metalearn", "W&B project", touches="none")
-    group: str | None = key(None, "W&B group", touches="none")
+    group: str | None = key(None, "W&B group; null for the experiment's name, if there is one", touches="none")
     tags: list[str] = key([], "further W&B tags", touches="none")
