@@ -96,8 +96,8 @@ def expand(
                 unused -= set(product) - dropped
                 cells.setdefault(cell.cell_id, cell)
         for name in sorted(unused):
-            if name not in _all_keys():
-                raise BadInput(f"{name}: no such key{nearest(name, _all_keys())}")
+            if name not in all_keys():
+                raise BadInput(f"{name}: no such key{nearest(name, all_keys())}")
             if any(a.name == name for a in axes):  # a grid's axis goes unused if the command line leaves its member out
                 raise BadInput(f"{name}: no member of this sweep has this key")
         return list(cells.values())
@@ -160,6 +160,20 @@ def _values(override: Override) -> tuple[str, ...]:
     if not 0 < len(values) <= MOST_VALUES:
         raise BadInput(f"{override.input_line}: must have 1 to {MOST_VALUES} values")
     return values
+
+
+def given_values(arguments: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """The values that arguments name, by key or group, as Python values; nothing is composed.
+
+    Raises:
+        BadInput: for what is not `key=value`.
+    """
+    _axes([a for a in arguments if not is_hydra(a)])
+    found: dict[str, tuple[Any, ...]] = {}
+    for override in (_parse(a) for a in arguments if not is_hydra(a)):
+        many = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
+        found[override.key_or_group] = tuple(v.text if isinstance(v, QuotedString) else v for v in many)
+    return found
 
 
 def _experiments(axes: list[Axis]) -> Iterable[str]:
@@ -313,11 +327,11 @@ def _no_such_key(base: DictConfig, name: str) -> str:
 
 def _suggest(name: str) -> str:
     """A hint for a name that is neither a group nor a key outside the groups."""
-    full = [key for key in _all_keys() if key.endswith(f".{name}")]
+    full = [key for key in all_keys() if key.endswith(f".{name}")]
     return f"; did you mean '{full[0]}'?" if full else nearest(name, [*CHOICES, *fields_of(Run)])
 
 
-def _all_keys() -> list[str]:
+def all_keys() -> list[str]:
     """The keys of all members of all groups."""
     schemas = [(g, s) for g, members in MEMBERS.items() for s in members.values()] + list(SINGLE.items())
     return list(dict.fromkeys(f"{group}.{name}" for group, schema in schemas for name in fields_of(schema)))

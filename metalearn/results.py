@@ -16,8 +16,10 @@ import pandas as pd
 
 from metalearn.evaluation.metrics import metric_name, qualifiers_of
 from metalearn.ledger import read_json
-from metalearn.schema import BadInput
+from metalearn.schema import MEMBERS, BadInput, fields_of
+from metalearn.schema.groups import Run
 from metalearn.schema.keys import show
+from metalearn.schema.registry import SINGLE
 
 Config = dict[str, Any]
 
@@ -122,9 +124,29 @@ def value(config: Mapping[str, Any], key: str) -> Any:
     return node["name"] if isinstance(node, Mapping) and "name" in node else node
 
 
+def has(config: Mapping[str, Any], key: str) -> bool:
+    """Whether a configuration has a dotted key or group, whatever its value."""
+    node: Any = config
+    for part in key.split("."):
+        if not isinstance(node, Mapping) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
 def matches(config: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
-    """Whether a configuration has these values (as they are written on the command line)."""
-    return all(show(value(config, k)) == show(v) for k, v in wanted.items())
+    """Whether a configuration has these values (as they are written on the command line; 1 is 1.0)."""
+    return all(same(value(config, k), v) for k, v in wanted.items())
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are written alike on the command line, or are the same number."""
+    if show(one) == show(other):
+        return True
+    try:
+        return float(show(one)) == float(show(other))
+    except ValueError:
+        return False
 
 
 def differing(results: Iterable[Result]) -> list[str]:
@@ -135,7 +157,11 @@ def differing(results: Iterable[Result]) -> list[str]:
 
 
 def _idle(key: str) -> bool:
-    return key in ("output_dir", "rerun") or key.startswith("logger.")
+    """Whether every member that declares a key says that it touches no number (data count by content, not by path)."""
+    group, name = key.partition(".")[0], key.rpartition(".")[2]
+    schemas = [SINGLE[group]] if group in SINGLE else MEMBERS[group].values() if group in MEMBERS else [Run]
+    declared = [fields_of(schema)[name].key.touches for schema in schemas if name in fields_of(schema)]
+    return key.endswith(".root") or (bool(declared) and set(declared) == {"none"})
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -88,3 +88,79 @@ def detectable(std: float, n: int, *, power: float = 0.8) -> float:
     from scipy.stats import norm
 
     return float((Z + norm.ppf(power)) * std / math.sqrt(n))
+
+
+class Components(NamedTuple):
+    """A mean score of models tested on the same tasks, and the variances that a new seed, a new task, and both bring.
+
+    The model is `score = mean + seed + task + rest` with independent random effects. With a single seed its variance is
+    unknown and taken as 0 (`seeds == 1` says so), and `task` holds all that varies among tasks.
+    """
+
+    mean: float
+    seed: float
+    task: float
+    rest: float
+    seeds: int
+    tasks: int
+
+    def error(self, seeds: int | None = None, tasks: int | None = None) -> tuple[float, float]:
+        """Squared standard error of the mean and its degrees of freedom (Satterthwaite), for other numbers if given.
+
+        The degrees of freedom are those that an estimate of the error from that many seeds and tasks has.
+        """
+        s, n = seeds or self.seeds, tasks or self.tasks
+        if n < 2:
+            return math.nan, math.nan
+        by_seed, by_task = (n * self.seed + self.rest) / (s * n), (s * self.task + self.rest) / (s * n)
+        rest = self.rest / (s * n)
+        variance = by_seed + by_task - rest
+        if s < 2 or variance == 0:
+            return variance, n - 1
+        spread = by_seed**2 / (s - 1) + by_task**2 / (n - 1) + rest**2 / ((s - 1) * (n - 1))
+        return variance, variance**2 / spread
+
+    def scaled(self, factor: float) -> Components:
+        """The same in another unit."""
+        squared = factor * factor
+        return self._replace(
+            mean=factor * self.mean, seed=squared * self.seed, task=squared * self.task, rest=squared * self.rest
+        )
+
+
+def components(values: np.ndarray) -> Components:
+    """Variance components of scores by analysis of variance, two-way without replication; negative ones become 0.
+
+    Args:
+        values: `[seeds, tasks]` of models tested on the same tasks, or `[tasks]` of one model.
+    """
+    x = np.atleast_2d(np.asarray(values, "f8"))
+    s, n = x.shape
+    mean, by_seed, by_task = float(x.mean()), x.mean(1), x.mean(0)
+    if s == 1 or n == 1:
+        return Components(mean, _variance(by_seed), _variance(by_task), 0.0, s, n)
+    residual = x - by_seed[:, None] - by_task[None, :] + mean
+    rest = float((residual**2).sum() / ((s - 1) * (n - 1)))
+    seed, task = _variance(by_seed) - rest / n, _variance(by_task) - rest / s
+    return Components(mean, max(seed, 0.0), max(task, 0.0), rest, s, n)
+
+
+def summarized_components(means: Sequence[float], stds: Sequence[float], tasks: int, *, shared: bool) -> Components:
+    """Variance components where only each model's mean and deviation over tasks are known.
+
+    Args:
+        means: of the models, one a seed.
+        stds: sample deviations over tasks.
+        tasks: of each model.
+        shared: whether all models were tested on the same tasks; then everything that varies among tasks is taken as
+            shared, which can only widen an interval.
+    """
+    means_, within = np.asarray(means, "f8"), float(np.mean(np.square(stds)))
+    mean, seed = float(means_.mean()), _variance(means_)
+    if shared or len(means_) == 1:
+        return Components(mean, seed, within, 0.0, len(means_), tasks)
+    return Components(mean, max(seed - within / tasks, 0.0), 0.0, within, len(means_), tasks)
+
+
+def _variance(x: np.ndarray) -> float:
+    return float(x.var(ddof=1)) if len(x) > 1 else 0.0
