@@ -266,6 +266,16 @@ def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
     return config, choices
 
 
+def hydra_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> DictConfig:
+    """Hydra's own section with these overrides of it.
+
+    Raises:
+        BadInput: if they cannot be.
+    """
+    with _composer(config_dirs):
+        return _compose(tuple(overrides)).hydra
+
+
 def _compose(choices: tuple[str, ...]) -> DictConfig:
     places = ",".join(QuotedString(text=f"file://{d}", quote=Quote.single).with_quotes() for d in _search_path)
     extra = [f"hydra.searchpath=[{places}]"] if places else []

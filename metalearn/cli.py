@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn import cells, sweeper
+from metalearn import cells, launchers, sweeper
 from metalearn.help import usage
 from metalearn.ledger import Busy, CellDir, leads
 from metalearn.paths import conf_dir
@@ -40,19 +41,44 @@ FLAGS: list[str] = []
 
 def main() -> None:
     """Run what the command line asks for and exit: 0 done, 2 bad input, 3 diverged, 1 anything else."""
+    _set_up()
+    try:
+        sys.exit(_main(sys.argv[1:]))
+    except BadInput as error:
+        print(f"metalearn: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+
+
+def _set_up() -> None:
     # before torch is imported: idle OpenMP threads spin for long by default, which makes everything several times
     # slower where cores are shared; spinning briefly keeps nearly all of the speed of idle cores
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     register_schemas()
     sweeper.register()
+    launchers.register()
     warnings.formatwarning = lambda message, category, *_: f"metalearn: {category.__name__}: {message}\n"
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
-    try:
-        sys.exit(_main(sys.argv[1:]))
-    except BadInput as error:
-        print(f"metalearn: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
+
+
+def work(commands: Sequence[Sequence[str]], flags: Sequence[str]) -> int:
+    """Run cells in a launcher's job, one after another; those finished by then are passed over.
+
+    Args:
+        commands: the overrides of each cell.
+        flags: options and Hydra's own overrides of the command that chose them.
+    """
+    _set_up()
+    parsed, rest = get_args_parser().parse_known_args(list(flags))
+    places = [parsed.config_dir] if parsed.config_dir else []
+    own = [a for a in (*parsed.overrides, *rest) if cells.is_hydra(a)]
+    found = [cell for command in commands for cell in cells.expand([*command, *own], places)]
+    FLAGS[:] = list(flags)
+    pending = sweeper.PENDING[:] = sweeper.unfinished(found)
+    if pending:
+        place = [o for o in found[0].overrides if o.startswith("output_dir=")]
+        _hydra(["--multirun", *flags, *place])
+    return _exit_code(found)
 
 
 def _main(arguments: list[str]) -> int:
@@ -84,12 +110,32 @@ def _main(arguments: list[str]) -> int:
         print(f"{len(found)} cells, {len(found) - len(pending)} of them finished", file=sys.stderr)
     for cell in pending:
         _refuse_files(cell.config["output_dir"])
-    if pending:
+    launcher = launchers.settings(overrides, folders) if many else launchers.BASIC
+    if pending and launchers.executor(launcher) is not None:
+        _queue(pending, flags, launcher)
+    elif pending:
         place = [o for o in found[0].overrides if o.startswith("output_dir=")]
         _hydra(["--multirun", *flags, *place] if many else [*flags, *found[0].overrides])
     if many:
         _summary(found)
     return _exit_code(found)
+
+
+def _queue(pending: list[cells.Cell], flags: list[str], launcher: dict[str, Any]) -> None:
+    """Submit cells and wait for their files; interrupting the wait leaves the jobs alone."""
+    from metalearn.sweep import launch
+    from metalearn.sweep.standing import standings
+
+    with launch.submitting(pending[0].config["output_dir"]):
+        free = [s.cell for s in standings(pending) if not s.under_way]
+        found = launch.submit(free, flags, launcher) if free else []
+    for job in found:
+        print(f"metalearn: job {job.job}: {len(job.cells)} cells, log {job.log}", file=sys.stderr)
+    try:
+        launch.wait(pending, lambda text: print(f"metalearn: {text}", file=sys.stderr, flush=True))
+    except KeyboardInterrupt:
+        print("metalearn: the jobs go on; metalearn sweep status tells where they stand", file=sys.stderr)
+        raise
 
 
 def _only_experiments_sweep(overrides: list[str]) -> None:

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 from typing import NoReturn
 
+from metalearn import cells
+from metalearn.cells import Cell
 from metalearn.schema import BadInput
 
 
@@ -33,6 +35,16 @@ class Parser(argparse.ArgumentParser):
         """Take groups and keys as a sweep does (parse with `parse_intermixed_args`)."""
         self.add_argument("overrides", nargs="*", metavar="key=value", help="groups and keys, as after metalearn -m")
         self.add_argument("--config-dir", "-cd", metavar="FOLDER", help="further yaml files, as for metalearn itself")
+
+
+def read_cells(options: argparse.Namespace, *, tolerant: bool = True) -> list[Cell]:
+    """The cells that the groups and keys of a verb mean (see `Parser.take_cells`)."""
+    return cells.expand(options.overrides, config_dirs(options), tolerant=tolerant)
+
+
+def config_dirs(options: argparse.Namespace) -> list[str]:
+    """The folders of further yaml files that a verb was given."""
+    return [options.config_dir] if options.config_dir else []
 
 
 def whole(least: int, most: int | None = None) -> Callable[[str], int]:

@@ -105,7 +105,7 @@ def find(place: str | Path) -> list[Result]:
 
 def _below(place: Path) -> Iterator[Result]:
     for folder, names, files in os.walk(place):
-        names[:] = [n for n in names if n not in ("old", "checkpoints", "wandb", "hydra", "locks")]
+        names[:] = [n for n in names if n not in ("old", "checkpoints", "wandb", "hydra", "locks", "jobs", "submitted")]
         if "result.json" in files and (data := read_json(Path(folder) / "result.json")) is not None:
             yield Result(Path(folder), data)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import cells, schema, sweeper
+from metalearn import cells, launchers, schema, sweeper
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -11,6 +11,7 @@ def hydra_knows_us():
     """What the command line does first."""
     schema.register()
     sweeper.register()
+    launchers.register()
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
-ACTIONS: dict[str, str] = {}
+ACTIONS: dict[str, str] = {
+    "status": "metalearn.sweep.status",
+    "run": "metalearn.sweep.run",
+    "repair": "metalearn.sweep.repair",
+}
 """The module of each action, whose `main(arguments)` returns the exit code and whose TITLE is its line in the help."""
 
 
