@@ -55,8 +55,11 @@ test: $(STAMP) ## The unmarked tests: no data, no network, no SLURM, under three
 test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIGLOT or _CIFAR100 is set
 	@$(BIN)/python -m pytest -q -m "$(SLOW) and not slurm and not gpu" $(PYTEST_ARGS)
 
-test-slurm: $(STAMP) ## The tests that need a SLURM cluster
-	@$(BIN)/python -m pytest -q -m slurm $(PYTEST_ARGS)
+test-slurm: $(STAMP) ## The tests on SLURM: that of $$SLURM_CONF, else a throw-away one (installs it where it may)
+	@if [ -n "$$SLURM_CONF" ]; then exec $(BIN)/python -m pytest -q -m slurm $(PYTEST_ARGS); fi; \
+	up=$$(scripts/slurm/slurm-up --accounting --cpus 4) && eval "$$up" || exit 1; \
+	$(BIN)/python -m pytest -q -m slurm $(PYTEST_ARGS); code=$$?; \
+	scripts/slurm/slurm-down; exit $$code
 
 bench: bench-peers ## Time meta-steps, ours and every peer's: about half an hour
 	@$(BIN)/metalearn bench $(ARGS)

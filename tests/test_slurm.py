@@ -19,7 +19,7 @@ from metalearn.sweep.standing import standings
 
 pytestmark = [
     pytest.mark.slurm,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(not (shutil.which("sbatch") and "SLURM_CONF" in os.environ), reason="needs a SLURM cluster"),
 ]
 
@@ -86,7 +86,7 @@ def running(output: Path, cell, attempt: int, step: int = 1):
 def undisturbed(tmp_path_factory) -> Path:
     """The same cells, one after another on this machine."""
     place = tmp_path_factory.mktemp("undisturbed")
-    done = subprocess.run(command(place, *LONG, "seed=0,1,2,3,4,5", "-m"), capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command(place, *LONG, "seed=0,1,2,3,4,5", "-m"), capture_output=True, text=True, timeout=800)
     assert done.returncode == 0, done.stderr
     return place
 
