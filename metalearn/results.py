@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -151,12 +152,13 @@ def same(one: Any, other: Any) -> bool:
 
 def differing(results: Iterable[Result]) -> list[str]:
     """The dotted keys in which the configurations of results differ, those that change no number left out."""
-    flat = [_flat(r.config) for r in results]
-    names = dict.fromkeys(k for f in flat for k in f)
-    return [k for k in names if len({show(f.get(k)) for f in flat}) > 1 and not _idle(k)]
+    configs = [flat(r.config) for r in results]
+    names = dict.fromkeys(k for c in configs for k in c)
+    return [k for k in names if len({show(c.get(k)) for c in configs}) > 1 and not idle(k)]
 
 
-def _idle(key: str) -> bool:
+@cache
+def idle(key: str) -> bool:
     """Whether every member that declares a key says that it touches no number (data count by content, not by path)."""
     group, name = key.partition(".")[0], key.rpartition(".")[2]
     schemas = [SINGLE[group]] if group in SINGLE else MEMBERS[group].values() if group in MEMBERS else [Run]
@@ -164,10 +166,11 @@ def _idle(key: str) -> bool:
     return key.endswith(".root") or (bool(declared) and set(declared) == {"none"})
 
 
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of a configuration by dotted key."""
     out: dict[str, Any] = {}
     for k, v in config.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {prefix + k: v}
+        out |= flat(v, f"{prefix}{k}.") if isinstance(v, Mapping) else {prefix + k: v}
     return out
 
 

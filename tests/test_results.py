@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from metalearn.results import differing, find, frame, matches, paired_values, value
+from metalearn.results import differing, find, frame, idle, matches, paired_values, value
 from metalearn.schema import BadInput
 
 CONFIG = {
@@ -74,6 +74,11 @@ def test_differing_keys_leave_out_what_changes_no_number(tmp_path):
     write(tmp_path / "a", alpha=0.1)
     write(tmp_path / "b", alpha=0.2, seed=1)
     assert differing(find(tmp_path)) == ["seed", "algorithm.alpha"]
+
+
+def test_keys_that_change_no_number_are_those_that_say_so():
+    assert all(idle(k) for k in ("output_dir", "rerun", "logger.group", "trainer.threads", "trainer.chunk_mib"))
+    assert not any(idle(k) for k in ("seed", "algorithm.alpha", "algorithm._target_", "trainer.test_episodes"))
 
 
 def test_the_latest_attempt_wins_and_half_lines_are_passed_over(tmp_path):
