@@ -109,6 +109,12 @@ def swept(arguments: Sequence[str]) -> list[str]:
     return [a for a in found if _parse(a).is_sweep_override()]
 
 
+def chosen(arguments: Sequence[str]) -> dict[str, list[Any]]:
+    """The values that a command line gives to each key or group, as plain data, whether or not there is such a key."""
+    axes = _axes([a for a in arguments if not is_hydra(a)])
+    return {axis.name: [_parse(f"{axis.name}={v}").value() for v in axis.values] for axis in axes}
+
+
 def _is_sweep(products: list[dict[str, tuple[str, ...]]]) -> bool:
     return len(products) > 1 or any(len(v) > 1 for p in products for v in p.values())
 
