@@ -27,6 +27,7 @@ DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
 VERBS = {
     "bench": "metalearn.bench.command",
     "check": "metalearn.check.command",
+    "figure": "metalearn.figures.command",
     "report": "metalearn.reports",
     "sweep": "metalearn.sweep",
 }

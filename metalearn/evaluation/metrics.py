@@ -39,6 +39,7 @@ def _sum(values: list[float]) -> float:
 
 
 UNITS = {"accuracy": "fraction", "mse": "target units squared"}
+HIGHER_IS_BETTER = {"accuracy": True, "mse": False}
 
 
 def metric_name(metric: str, **qualifiers: Any) -> str:
