@@ -23,6 +23,7 @@ from metalearn.meta_gradient import Differentiated, differentiate
 from metalearn.ops import native
 from metalearn.random import TaskKey
 from metalearn.regularizers import Regularizer
+from metalearn.schema.groups import LONG_RUN
 
 if TYPE_CHECKING:
     from metalearn.learner import MetaLearner
@@ -34,7 +35,6 @@ TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 TINY_BYTES = 2**20  # of activations of a meta-batch: beyond it the time is in the operators themselves
-LONG_RUN = 10_000  # meta-steps: fewer do not earn the compiler's time back
 
 
 class Unfit(Exception):

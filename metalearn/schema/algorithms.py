@@ -25,6 +25,8 @@ class Algorithm:
     """Arguments of the class that it has no use for, and that have no key."""
     displaces: ClassVar[bool] = False
     """Whether a task's adapted parameters are parameters of the network (what `outer_vector=displacement` needs)."""
+    prepares: ClassVar[str | None] = None
+    """The key that counts training tasks which are gone through before the first meta-step, if there are any."""
 
     name: str = key("", "name in tables and logs", touches="none")
     outer: str = key(
@@ -318,6 +320,7 @@ class TSAMAML(GradientSteps):
 
     target: ClassVar[str] = "metalearn.algorithms.TSAMAML"
     displaces: ClassVar[bool] = False
+    prepares: ClassVar[str | None] = "tasks"
 
     m: int = key(3, "groups of tasks, each with an initialisation", ge=1)
     tasks: int = key(1000, "training tasks that are clustered before training", ge=1)

@@ -6,6 +6,8 @@ from typing import ClassVar
 from metalearn.schema.keys import key
 
 BN_MODES = ("batch", "support_plus_one", "support_only", "running")
+LONG_RUN = 10_000
+"""Meta-steps of a run from which compiling them earns the compiler's time back."""
 
 
 @dataclass
