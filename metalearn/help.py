@@ -19,6 +19,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
   metalearn --help <group>                      the keys of a group
   metalearn check grad [key=value] ...          whether a run's outer gradient is right, on its own model and data
   metalearn bench [--help]                      how fast meta-steps are, beside other libraries
+  metalearn sweep plan [...]                    what a sweep would cost, and the smallest differences it could show
   metalearn sweep status|run|repair [...]       where a sweep stands; submit what is missing, on SLURM or here
   metalearn figure [--help]                     a metric against a swept key, from results
   metalearn report [NAME] [--help]              what papers prove, as measured numbers and pictures

@@ -9,6 +9,7 @@ from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
 ACTIONS: dict[str, str] = {
+    "plan": "metalearn.sweep.plan",
     "status": "metalearn.sweep.status",
     "run": "metalearn.sweep.run",
     "repair": "metalearn.sweep.repair",
