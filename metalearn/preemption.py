@@ -45,10 +45,11 @@ def leave(signum: int, frame: FrameType | None = None) -> None:
 
 
 def handle_signals() -> None:
-    """Install `leave` where nobody has installed anything."""
+    """Install `leave` where nobody has installed anything (jobs start deaf to USR2: see scripts/slurm/array.sbatch)."""
     if threading.current_thread() is threading.main_thread():
         for signum in SIGNALS:
-            if signal.getsignal(signum) is signal.SIG_DFL:
+            deaf = signal.getsignal(signum) is signal.SIG_IGN and signum != signal.SIGTERM
+            if deaf or signal.getsignal(signum) is signal.SIG_DFL:
                 signal.signal(signum, leave)
 
 
@@ -66,11 +67,15 @@ class SaveOnSignal(pl.Callback):
         self.recorder, self.close = recorder, close
         self.asked: int | None = None
         self.before: dict[int, Any] = {}
+        self.wrapped: dict[int, Any] = {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit":  # before Lightning wraps them: its handler of TERM talks to ranks that may have ended
+            self.before = {signum: signal.getsignal(signum) for signum in SIGNALS}
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:  # Lightning has wrapped some of them by now
-                self.before[signum] = signal.signal(signum, self._note)
+            self.wrapped = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
         self.asked = signum
@@ -84,12 +89,12 @@ class SaveOnSignal(pl.Callback):
         self._obey(trainer, pl_module)  # not within a validation: a checkpoint is never one whose validation is missing
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._restore()
+        self._restore(self.wrapped)
         if self.asked is not None:  # during the last validation
             self._pass_on(self.asked)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self._restore(self.wrapped)
 
     def _obey(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         signum = self._agreed(trainer)
@@ -97,12 +102,13 @@ class SaveOnSignal(pl.Callback):
             return
         assert isinstance(module, MetaLearner)
         self.recorder.save(module, "last")
-        self._restore()
+        self._restore(self.before)
         if self.recorder.writes:
             reason = f"{signal.Signals(signum).name}: saved at meta-step {module.meta_steps}"
             self.recorder.cell.finish("killed", reason)
             print(f"metalearn: {reason}", file=sys.stderr, flush=True)
         self.close()
+        trainer.strategy.barrier()  # no rank ends before rank 0 has saved
         self._pass_on(signum)
 
     def _agreed(self, trainer: pl.Trainer) -> int | None:
@@ -120,7 +126,7 @@ class SaveOnSignal(pl.Callback):
             handler(signum, None)
         sys.exit(128 + signum)
 
-    def _restore(self) -> None:
-        for signum, handler in self.before.items():
+    def _restore(self, handlers: dict[int, Any]) -> None:
+        for signum, handler in handlers.items():
             if signal.getsignal(signum) == self._note:
                 signal.signal(signum, handler)

@@ -23,7 +23,7 @@ pytestmark = [
     pytest.mark.skipif(not (shutil.which("sbatch") and "SLURM_CONF" in os.environ), reason="needs a SLURM cluster"),
 ]
 
-LONG = ("trainer.max_steps=2000", "trainer.val_every=500", "trainer.save_seconds=2", "trainer.compile=never")
+LONG = ("trainer.max_steps=4000", "trainer.val_every=1000", "trainer.save_seconds=2", "trainer.compile=never")
 QUEUE = ("hydra/launcher=slurm", "hydra.launcher.array_parallelism=3", "hydra.launcher.mem_gb=1")
 BEGAN = time.monotonic()
 
@@ -39,7 +39,10 @@ def say(text: str) -> None:
 
 def shell(*words: str) -> str:
     say("$ " + " ".join(words))
-    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        say(f"  exit code {done.returncode}: {' '.join(done.stderr.split())}")
+    return done.stdout
 
 
 def metalearn(output: Path, *words: str) -> str:
@@ -97,13 +100,15 @@ def test_an_array_preempted_twice_and_killed_once_equals_the_local_sweep(tmp_pat
     jobs = [s.job for s in standings(cells)]
     assert "submitted: 0 cells" in metalearn(tmp_path, "sweep", "run", *QUEUE, "seed=0,1,2,3,4,5")  # all are in hand
 
-    for attempt in (1, 2):  # the signal that SLURM sends before it takes a machine away
-        until(lambda n=attempt: running(tmp_path, cells[0], n, 100), f"cell 0, attempt {attempt}, is training")
-        shell("scancel", "--signal=USR2", jobs[0])
-        again = f"cell 0 was started again ({attempt})"
-        until(lambda n=attempt: status(tmp_path, cells[0]).get("attempt", 0) > n, again)
     pid = until(lambda: running(tmp_path, cells[1], 1), "cell 1 is training")["pid"]
     shell("kill", "-9", str(pid))
+    # the signal that SLURM sends before it takes a machine away; scancel would go on to signal the job that is queued
+    # again, hence the timeout
+    for attempt in (1, 2):
+        until(lambda n=attempt: running(tmp_path, cells[0], n, 100), f"cell 0, attempt {attempt}, is training")
+        shell("timeout", "3", "scancel", "--signal=USR2", jobs[0])
+        again = f"cell 0 was started again ({attempt})"
+        until(lambda n=attempt: status(tmp_path, cells[0]).get("attempt", 0) > n, again)
     until(lambda: standings([cells[1]])[0].state == "killed", "cell 1 is noticed to be killed", 200)
     assert "submitted: 1 cells" in metalearn(tmp_path, "sweep", "repair", *QUEUE, "seed=0,1,2,3,4,5")
     until(lambda: all(s.finished for s in standings(cells)), "all cells have a result", 400)
@@ -111,7 +116,7 @@ def test_an_array_preempted_twice_and_killed_once_equals_the_local_sweep(tmp_pat
 
     for cell in cells:
         assert_twins(undisturbed, tmp_path, cell)
-        assert result(tmp_path, cell)["steps"] == 2000
+        assert result(tmp_path, cell)["steps"] == 4000
         assert not (folder(tmp_path, cell) / "old").exists()  # nothing was run twice
     attempts = [status(tmp_path, cell)["attempt"] for cell in cells]
     say(f"attempts of the six cells: {attempts}; parameters, optimizer state, episodes: the bits of the local sweep")
@@ -133,7 +138,7 @@ def test_real_preemption_by_a_partition_of_higher_priority(tmp_path, undisturbed
     assert "saved at meta-step" in saved
     until(lambda: standings([cell])[0].finished, f"job {urgent} is over and the cell is done", 300)
     assert_twins(undisturbed, tmp_path, cell)
-    assert checkpoint(tmp_path, cell)["meta_steps"] == 2000
+    assert checkpoint(tmp_path, cell)["meta_steps"] == 4000
 
 
 def test_short_cells_share_a_job_and_multirun_waits(tmp_path, undisturbed):
@@ -161,8 +166,21 @@ def test_plain_sbatch_saves_and_requeues(tmp_path, undisturbed):
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
     until(lambda: running(tmp_path, cells[0], 1, 100), "the first cell is training")
-    shell("scancel", "--signal=USR2", f"{job}_1")
+    shell("timeout", "3", "scancel", "--signal=USR2", f"{job}_1")
     until(lambda: status(tmp_path, cells[0]).get("attempt") == 2, "it was started again")
     until(lambda: all(s.finished for s in standings(cells)), "both have a result")
     for cell in cells:
         assert_twins(undisturbed, tmp_path, cell)
+
+
+def test_the_ranks_of_one_cell_come_from_slurm(tmp_path):
+    """Two tasks of a job are the two ranks; preempted in the middle, both save at the same meta-step."""
+    here, twin, two = tmp_path / "here", tmp_path / "twin", ("trainer.devices=2", "trainer.accelerator=cpu", "seed=0")
+    (cell,) = expand([*TINY, f"output_dir={here}", *LONG, *two])
+    metalearn(here, "sweep", "run", *QUEUE, *two)
+    until(lambda: running(here, cell, 1, 100), "the cell is training")
+    shell("timeout", "3", "scancel", "--signal=USR2", standings([cell])[0].job)
+    until(lambda: status(here, cell).get("attempt") == 2, "it was started again")
+    until(lambda: standings([cell])[0].finished, "it has a result")
+    assert subprocess.run(command(twin, *LONG, *two), capture_output=True, timeout=400).returncode == 0
+    assert_twins(twin, here, cell)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -115,7 +116,9 @@ def _check_devices(devices: set[int], launcher: dict[str, Any], name: str) -> No
 def _submitit(work: list[Work], launcher: dict[str, Any], name: str, folder: Path, devices: int) -> list[Any]:
     import submitit
 
-    own = {f"{name}_max_num_timeout": launcher["max_num_timeout"]} if "max_num_timeout" in launcher else {}
+    own: dict[str, Any] = {}
+    if name == "slurm":
+        own = {"slurm_max_num_timeout": launcher["max_num_timeout"], "slurm_python": _python()}
     queue = submitit.AutoExecutor(folder=folder / "%j", cluster=name, **own)
     given = {k: v for k, v in launcher.items() if k not in NOT_PASSED_ON and v is not None and v != {}}
     given["name"] = "metalearn" if "${" in str(given["name"]) else given["name"]
@@ -127,6 +130,19 @@ def _submitit(work: list[Work], launcher: dict[str, Any], name: str, folder: Pat
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
         said = " ".join(str(error).split())
         raise BadInput(f"hydra/launcher: the queue refused the job: {said[-300:]}") from None
+
+
+def _python() -> str:
+    """The command that starts Python in a job: deaf to USR2 until handlers are there, if env can do that.
+
+    A signal in the seconds of importing would kill the job instead of having it queued again.
+    """
+    deaf = ["env", "--ignore-signal=USR2"]
+    try:
+        able = subprocess.run([*deaf, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        able = False
+    return shlex.join([*(deaf if able else []), sys.executable])
 
 
 def in_background(cells: Sequence[Cell], flags: Sequence[str], output_dir: str) -> tuple[int, Path]:
