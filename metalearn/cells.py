@@ -193,7 +193,7 @@ def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, .
     what another product sets for Reptile. Values that no product lists, or none together, take the place of all.
     """
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
-    grid = _base((f"experiment={experiment}",))[0].get("grid") or [{}]
+    grid = _base((f"experiment={experiment}",)).config.get("grid") or [{}]
     if not OmegaConf.is_list(grid) and not isinstance(grid, list):
         raise BadInput(f"experiment={experiment}: its grid must be a list of products")
     blocks = [
@@ -245,9 +245,17 @@ class _composer:
 _search_path: list[str] = []
 
 
+class Base(NamedTuple):
+    """A configuration before any key is set, the complete choice of members, and what all groups have without it."""
+
+    config: DictConfig
+    choices: tuple[str, ...]
+    chosen: dict[str, str | None]
+
+
 @lru_cache(maxsize=512)
-def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
-    """The configuration of a choice of members, before any key is set, and the complete choice.
+def _base(choices: tuple[str, ...]) -> Base:
+    """The configuration of a choice of members.
 
     A paper's departures for a pair of data set and algorithm (`dataset_algorithm/<dataset>_<algorithm>`) are chosen
     here, because Hydra does not let an interpolated group override others.
@@ -259,17 +267,21 @@ def _base(choices: tuple[str, ...]) -> tuple[DictConfig, tuple[str, ...]]:
             raise BadInput(f"{group}={name}: no such {group}{nearest(name, known)}")
     given = any(c.startswith("dataset_algorithm=") for c in choices)
     choices = tuple(c for c in choices if not c.endswith("=null"))
-    config = _compose(choices)
-    chosen = config.hydra.runtime.choices
-    if not given and chosen.dataset_algorithm is None:
-        special = f"{chosen.dataset}_{chosen.algorithm}"
-        if special in members("dataset_algorithm", _search_path):
-            choices = (*choices, f"dataset_algorithm={special}")
-            config = _compose(choices)
+    experiment = tuple(c for c in choices if c.startswith("experiment="))
+    config = None
+    if choices == experiment:
+        config = _compose(choices)
+        chosen = dict(config.hydra.runtime.choices)
+    else:  # composing takes long: what this choice leaves open is the same for all of an experiment's cells
+        chosen = _base(experiment).chosen | {k: v for k, v in (c.split("=", 1) for c in choices)}
+    special = f"{chosen['dataset']}_{chosen['algorithm']}"
+    if not given and chosen["dataset_algorithm"] is None and special in members("dataset_algorithm", _search_path):
+        choices, config = (*choices, f"dataset_algorithm={special}"), None
+    config = _compose(choices) if config is None else config
     OmegaConf.set_readonly(config, False)
     with open_dict(config):
         del config["hydra"]
-    return config, choices
+    return Base(config, choices, chosen)
 
 
 def hydra_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> DictConfig:
@@ -304,7 +316,7 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool, tolerant: bool) 
     for name in chosen:
         if "/" in name or (name not in CHOICES and "." not in name and name not in fields_of(Run)):
             raise BadInput(f"{name}: no such key or group{_suggest(name)}")
-    base, groups = _base(groups)
+    base, groups, _ = _base(groups)
     values = {k: v for k, v in chosen.items() if k not in CHOICES}
     dropped = {k for k in values if not _has(base, k)}
     for name in dropped:
