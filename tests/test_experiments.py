@@ -15,7 +15,7 @@ from metalearn.cells import Cell, expand, members
 from metalearn.paths import conf_dir
 from metalearn.results import matches, value
 from metalearn.run import build, build_data, build_learner, run
-from metalearn.tables.definition import load, names
+from metalearn.tables.definition import load, names, unavailable
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 CELLS = {  # of one seed, and seeds
@@ -258,3 +258,17 @@ def test_a_tables_experiment_fills_each_of_its_cells_once(name):
         for spot in spots:
             fills[spot] = fills.get(spot, 0) + 1
     assert fills and set(fills.values()) == {1}
+
+
+@pytest.mark.parametrize("name", [n for n in names() if load(n).experiment is None])
+def test_a_table_without_an_experiment_says_what_is_not_there(name):
+    """Otherwise it can be run, and should have one."""
+    table = load(name)
+    for row in table.rows:
+        for column in table.columns:
+            assert any(unavailable(k, v) for k, v in {**row.where, **column.where}.items()), (row, column)
+
+
+def test_a_mixture_is_not_there_if_one_of_its_members_is_not():
+    assert not unavailable("dataset.members", ["glyphs", "group_glyphs"])
+    assert unavailable("dataset.members", ["glyphs", "aircraft"])

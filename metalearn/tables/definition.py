@@ -251,7 +251,9 @@ def _check_keys(where: Where, path: str) -> None:
 
 
 def unavailable(group: str, member: Any) -> bool:
-    """Whether a group has no such member."""
+    """Whether a group has no such member, or a mixture names data sets of which one is not there."""
+    if group == "dataset.members":
+        return not {str(m) for m in member} <= set(members("dataset"))
     return group in GROUPS and str(member) not in members(group)
 
 
