@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pandas as pd
@@ -150,7 +150,14 @@ def same(one: Any, other: Any) -> bool:
         return False
 
 
-def differing(results: Iterable[Result]) -> list[str]:
+class Configured(Protocol):
+    """Whatever has a configuration."""
+
+    @property
+    def config(self) -> Config: ...
+
+
+def differing(results: Iterable[Configured]) -> list[str]:
     """The dotted keys in which the configurations of results differ, those that change no number left out."""
     configs = [flat(r.config) for r in results]
     names = dict.fromkeys(k for c in configs for k in c)

@@ -128,9 +128,14 @@ def equal(one: Config, other: Config) -> bool:
     return all(results.same(a[k], b[k]) for k in a.keys() & b.keys() if not results.idle(k))
 
 
-def telling(found: Sequence[Result]) -> list[str]:
+def telling(found: Sequence[results.Configured]) -> list[str]:
     """What tells configurations apart, besides the seed: groups whose members differ, then keys of the others."""
     keys = [k for k in results.differing(found) if k != "seed"]
     groups = dict.fromkeys(k.partition(".")[0] for k in keys if "." in k)
-    groups = dict.fromkeys(g for g in groups if len({results.value(r.config, g) for r in found}) > 1)
+    groups = dict.fromkeys(g for g in groups if len({_member(r.config, g) for r in found}) > 1)
     return [*groups, *(k for k in keys if k.partition(".")[0] not in groups)]
+
+
+def _member(config: Config, group: str) -> str | None:
+    name = results.value(config, group)
+    return name if isinstance(name, str) else None  # a group with one schema has no name

@@ -180,7 +180,7 @@ def test_runs_without_the_key_are_horizontal(sweep):
 
 def test_adaptation_steps(alphas):
     drawn = plot(alphas, x="step", hue=["algorithm", "algorithm.alpha"])
-    own = [p for p in drawn.points if p.place.hue == "maml, 0.2"]
+    own = [p for p in drawn.points if p.place.hue == "maml, alpha=0.2"]
     assert [p.place.x for p in own] == [0.0, 1.0, 2.0]
     assert [p.mean for p in own] == pytest.approx([9.0, 1.2, 0.7])
 

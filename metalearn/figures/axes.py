@@ -74,6 +74,15 @@ def label_values(config: dict[str, Any], keys: Iterable[str]) -> tuple[str, ...]
     return tuple(show(results.value(config, k)) for k in keys)
 
 
+def label(config: dict[str, Any], keys: Sequence[str]) -> str:
+    """The values of keys in a few words: names as they are, numbers of several keys with their keys' last words."""
+    values = label_values(config, keys)
+    if len(keys) < 2:
+        return "".join(values)
+    parts = [v if "." not in k else f"{k.rpartition('.')[2]}={v}" for k, v in zip(keys, values, strict=True)]
+    return ", ".join(p for p, v in zip(parts, values, strict=True) if v != "null") or "null"
+
+
 def choose_hue(entries: Sequence[Entry]) -> list[str]:
     """The algorithm, if there are several."""
     return ["algorithm"] if len({label_values(e.config, ["algorithm"]) for e in entries}) > 1 else []

@@ -78,7 +78,7 @@ def main(arguments: Sequence[str]) -> int:
     experiments = ", ".join(v.partition("=")[2] for v in o.overrides if v.startswith("experiment="))
     request = Request(o.x, o.hue, o.panel, o.metric, o.bn, o.mark, _title(entries, experiments))
     plot = series.plot(entries, request)
-    path = o.output or FOLDER / f"{_file_name(experiments or o.place or plot.title)}-{_file_name(plot.x)}.png"
+    path = o.output or FOLDER / f"{file_name(experiments or o.place or plot.title)}-{file_name(plot.x)}.png"
     write(plot, path, "".join(o.log))
     print(text(plot))
     print(f"files: {path}, {path.with_suffix('.csv')}", file=sys.stderr)
@@ -90,7 +90,8 @@ def _title(entries: Sequence[Entry], experiments: str) -> str | None:
     return f"{experiments}: {series.title(found)}" if experiments and found else None
 
 
-def _file_name(words: str) -> str:
+def file_name(words: str) -> str:
+    """Words as the name of a file."""
     return re.sub(r"[^\w.-]+", "_", words.strip("/")).strip("_.")
 
 

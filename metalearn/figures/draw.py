@@ -305,6 +305,10 @@ class _Drawing:
 
         if self.by_word:
             axis.set_xticks(range(len(self.words)), self.words)
+            if max(map(len, self.words)) * LETTER > 0.9 * PANEL / len(self.words):
+                axis.tick_params(axis="x", labelrotation=40)
+                for word in axis.get_xticklabels():
+                    word.set(ha="right", rotation_mode="anchor")
         elif 0 < len(self.xs) <= MOST_TICKS and self.plot.x != axes.META_STEP:
             axis.set_xticks(self.xs, self._labels(axis))
             axis.xaxis.set_minor_formatter(NullFormatter())

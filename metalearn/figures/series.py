@@ -129,7 +129,7 @@ def plot(entries: Sequence[Entry], request: Request) -> Plot:
     within = [*hue, *request.panel]
     axes.check_keys(entries, within)
     x = request.x or axes.choose_x(entries, within)
-    entries = _unique(entries)
+    entries = unique(entries)
     found = [e.result for e in entries if e.result is not None]
     done = [r for r in found if not r.diverged]
     metric = request.metric or axes.choose_metric(done)
@@ -143,7 +143,7 @@ def plot(entries: Sequence[Entry], request: Request) -> Plot:
     return _Maker(entries, found, x, hue, list(request.panel), metric, request).plot()
 
 
-def _unique(entries: Iterable[Entry]) -> list[Entry]:
+def unique(entries: Iterable[Entry]) -> list[Entry]:
     """The entries without copies of one result."""
     kept: list[Entry] = []
     seen: dict[str, Result] = {}
@@ -151,9 +151,7 @@ def _unique(entries: Iterable[Entry]) -> list[Entry]:
         r = entry.result
         other = r if r is None else seen.setdefault(entry.cell_id, r)
         if r is not None and other is not None and other.data["metrics"] != r.data["metrics"]:
-            raise BadInput(
-                f"figure: {other.folder} and {r.folder} are one cell with different results; choose a folder"
-            )
+            raise BadInput(f"{other.folder} and {r.folder} are one cell with different results; choose a folder")
         if other is r:
             kept.append(entry)
     return kept
@@ -183,7 +181,7 @@ class _Maker:
         self.mode_of: dict[str, str] = {}
         """The mode of each line, for its cells without a result."""
         for r in found:
-            self.mode_of.setdefault(", ".join(axes.label_values(r.config, hue)), self.bn or r.data["protocol"]["bn"])
+            self.mode_of.setdefault(axes.label(r.config, hue), self.bn or r.data["protocol"]["bn"])
 
     def plot(self) -> Plot:
         self._check_points()
@@ -216,10 +214,10 @@ class _Maker:
     # ---- places ----------------------------------------------------------------------------------------------------
 
     def _place(self, config: dict[str, Any], result: Result | None, x: X = None) -> Place:
-        panel, hue = (", ".join(axes.label_values(config, keys)) for keys in (self.panel, self.hue))
+        panel, hue = axes.label(config, self.panel), axes.label(config, self.hue)
         if len(self.modes) > 1:
             mode = self.mode_of.get(hue) if result is None else self.bn or result.data["protocol"]["bn"]
-            hue = f"{hue} (bn={mode})".strip()
+            hue = f"{hue} (bn={mode})" if hue else f"bn={mode}"
         value: Any = results.value(config, self.x) if self.over_keys else x
         if value is not None:
             value = float(value) if axes.is_number(value) else show(value)
@@ -441,10 +439,11 @@ def _interval_notes(points: Sequence[Point]) -> list[str]:
 def _order(place: Place) -> tuple[Any, ...]:
     """By panel and hue (numbers by size), then x: none, numbers, words."""
     x = place.x
-    return (*map(_natural, place[:2]), (0, 0.0, "") if x is None else (2, 0.0, x) if isinstance(x, str) else (1, x, ""))
+    return (*map(natural, place[:2]), (0, 0.0, "") if x is None else (2, 0.0, x) if isinstance(x, str) else (1, x, ""))
 
 
-def _natural(text: str) -> tuple[int, float, str]:
+def natural(text: str) -> tuple[int, float, str]:
+    """A key that sorts numbers by size, before words."""
     try:
         return (0, float(text), "")
     except ValueError:
