@@ -23,6 +23,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
   metalearn sweep status|run|repair [...]       where a sweep stands; submit what is missing, on SLURM or here
   metalearn figure [--help]                     a metric against a swept key, from results
   metalearn report [NAME] [--help]              what papers prove, as measured numbers and pictures
+  metalearn report experiment=<paper>/<id>      one HTML file about an experiment: figures, protocol, failures
 
 groups and their members:"""
 

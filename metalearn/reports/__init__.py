@@ -60,7 +60,10 @@ def usage() -> str:
     """The list of reports."""
     lines = ["usage: metalearn report NAME [--output FOLDER] [options]; metalearn report NAME --help", ""]
     lines += [f"  {name:<10} {load(name).TITLE}" for name in names()]
-    return "\n".join([*lines, "", "Writes report.md, report.json and pictures to outputs/theory/NAME, or to FOLDER."])
+    lines += ["", "Writes report.md, report.json and pictures to outputs/theory/NAME, or to FOLDER.", ""]
+    lines += ["usage: metalearn report experiment=<paper>/<id> [key=value] ... [--from FOLDER] [--output FILE.html]"]
+    lines += ["       metalearn report --from FOLDER [key=value] ...; metalearn report --from --help", ""]
+    return "\n".join([*lines, "Writes one HTML file about an experiment: tables, figures, protocol, failures."])
 
 
 def parser(name: str) -> Parser:
@@ -75,10 +78,17 @@ def parser(name: str) -> Parser:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the report that the arguments name, or list all; 0 whatever it finds, for what fails is a finding, too."""
+    """Run the report that the arguments name (an experiment's if they are keys), or list all.
+
+    0 whatever it finds, for what fails is a finding, too.
+    """
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0
+    if "=" in arguments[0] or arguments[0].startswith("-"):
+        from metalearn import experiment_report
+
+        return experiment_report.main(arguments)
     options = parser(arguments[0]).parse_args(arguments[1:])
     folder = Path(options.output)
     existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
