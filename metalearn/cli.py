@@ -30,6 +30,7 @@ VERBS = {
     "figure": "metalearn.figures.command",
     "report": "metalearn.reports",
     "sweep": "metalearn.sweep",
+    "wandb": "metalearn.wandb_push",
 }
 """The module of each verb; its `main(arguments)` returns the exit code."""
 FAILED: list[str] = []
