@@ -83,7 +83,7 @@ def expand(
         BadInput: for a key, name, value or combination that cannot be.
     """
     axes = _axes([a for a in arguments if not is_hydra(a)])
-    with _composer([*config_dirs, *_search_paths(arguments)]):
+    with _composer([*config_dirs, *search_paths(arguments)]):
         products = [{a.name: a.values for a in axes}]
         if any(a.name == "experiment" for a in axes):
             products = [p for e in _experiments(axes) for p in _with_grid(e, axes)]
@@ -124,7 +124,7 @@ def is_hydra(argument: str) -> bool:
     return argument.lstrip("+~").startswith(("hydra.", "hydra/"))
 
 
-def _search_paths(arguments: Sequence[str]) -> list[str]:
+def search_paths(arguments: Sequence[str]) -> list[str]:
     """The folders of `hydra.searchpath=[file:///...]`."""
     values = [_parse(a).value() for a in arguments if a.lstrip("+").startswith("hydra.searchpath=")]
     found = [str(v) for value in values if isinstance(value, list) for v in value]
@@ -166,20 +166,6 @@ def _values(override: Override) -> tuple[str, ...]:
     if not 0 < len(values) <= MOST_VALUES:
         raise BadInput(f"{override.input_line}: must have 1 to {MOST_VALUES} values")
     return values
-
-
-def given_values(arguments: Sequence[str]) -> dict[str, tuple[Any, ...]]:
-    """The values that arguments name, by key or group, as Python values; nothing is composed.
-
-    Raises:
-        BadInput: for what is not `key=value`.
-    """
-    _axes([a for a in arguments if not is_hydra(a)])
-    found: dict[str, tuple[Any, ...]] = {}
-    for override in (_parse(a) for a in arguments if not is_hydra(a)):
-        many = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-        found[override.key_or_group] = tuple(v.text if isinstance(v, QuotedString) else v for v in many)
-    return found
 
 
 def _experiments(axes: list[Axis]) -> Iterable[str]:

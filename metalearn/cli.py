@@ -29,8 +29,9 @@ VERBS = {
     "check": "metalearn.check.command",
     "figure": "metalearn.figures.command",
     "report": "metalearn.reports",
+    "results": "metalearn.listing",
     "sweep": "metalearn.sweep",
-    "wandb": "metalearn.wandb_push",
+    "table": "metalearn.tables.command",
 }
 """The module of each verb; its `main(arguments)` returns the exit code."""
 FAILED: list[str] = []

@@ -23,8 +23,6 @@ from metalearn.schema.keys import show
 from metalearn.schema.registry import SINGLE
 
 Config = dict[str, Any]
-NOT_RESULTS = ("old", "checkpoints", "wandb", "hydra", "locks", "jobs", "submitted")
-"""Folders in which no results lie."""
 
 
 class Result(NamedTuple):
@@ -62,14 +60,18 @@ class Result(NamedTuple):
             step: adaptation step; None for the protocol's.
             group: as in `metric`.
         """
-        path, protocol = self.folder / "episodes.parquet", self.data["protocol"]
-        if not path.is_file():
-            return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
-        rows = pd.read_parquet(path)
+        rows, protocol = self.every_episode(), self.data["protocol"]
         rows = rows[rows["bn"] == (bn or protocol["bn"])]
         rows = rows[rows["step"] == (protocol["test_steps"] if step is None else step)]
         rows = rows if group is None else rows[rows["group"] == group]
         return rows.sort_values("episode", ignore_index=True)
+
+    def every_episode(self) -> pd.DataFrame:
+        """All rows of episodes.parquet, of every mode and step."""
+        path = self.folder / "episodes.parquet"
+        if not path.is_file():
+            return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
+        return pd.read_parquet(path)
 
     def log(self) -> pd.DataFrame:
         """`metrics.jsonl`: one row a logged meta-step, the latest attempt's; empty if there is no such file."""
@@ -108,7 +110,7 @@ def find(place: str | Path) -> list[Result]:
 
 def _below(place: Path) -> Iterator[Result]:
     for folder, names, files in os.walk(place):
-        names[:] = [n for n in names if n not in NOT_RESULTS]
+        names[:] = [n for n in names if n not in ("old", "checkpoints", "wandb", "hydra", "locks", "jobs", "submitted")]
         if "result.json" in files and (data := read_json(Path(folder) / "result.json")) is not None:
             yield Result(Path(folder), data)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -241,13 +242,19 @@ def _metric(text: str, path: str) -> tuple[str, dict[str, str]]:
 
 def _check_keys(where: Where, path: str) -> None:
     """Refuse keys that no member has; those of members that are not there yet are let through."""
-    known = [*all_keys(), *GROUPS, *fields_of(Run)]
+    known = _known()
     for name, value in where.items():
         group = str(name).partition(".")[0]
         if name in known or any(str(name).startswith(f"{k}.") for k in known if "." in k):
             continue
         if not (group in where and unavailable(group, where[group])):
             raise BadInput(f"{path}: {name}={show(value)}: no such key or group{nearest(str(name), known)}")
+
+
+@cache
+def _known() -> tuple[str, ...]:
+    """All keys of all members, and the groups."""
+    return (*all_keys(), *GROUPS, *fields_of(Run))
 
 
 def unavailable(group: str, member: Any) -> bool:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from functools import partial
+from statistics import NormalDist
 from typing import NamedTuple
 
-from metalearn.statistics import Components, Z
+from metalearn.statistics import Components, Z, half_width, p_value
 
 REPRODUCED, DIFFERS, UNDERPOWERED = "reproduced", "differs", "under-powered"
 POWER = 0.8
 """Probability with which the named number of episodes or seeds decides, if the true difference is the measured one."""
+AGAIN = NormalDist().inv_cdf((1 + POWER) / 2)
+"""Standard errors by which a repeated measurement stays on its side of both bounds with that probability."""
 MOST_TASKS, MOST_SEEDS = 10_000_000, 1000
 
 
@@ -19,14 +22,13 @@ class Judged(NamedTuple):
     """Ours minus published.
 
     difference, half: with the half-width of its 95 % interval (NaN: unknown).
-    df: the interval's degrees of freedom. p: of the two-sided test of no difference (NaN: no published interval).
+    p: of the two-sided test of no difference (NaN: no published interval).
     verdict: REPRODUCED, DIFFERS, UNDERPOWERED, or None without a margin.
     tasks, seeds: what would decide, where it is open; reason: why nothing would.
     """
 
     difference: float
     half: float
-    df: float
     p: float
     verdict: str | None
     tasks: int | None = None
@@ -37,8 +39,9 @@ class Judged(NamedTuple):
 def judge(ours: Components, published: float, half: float | None, margin: float | None) -> Judged:
     """Compare with a published number.
 
-    The interval of the difference counts seeds, test tasks, and the published half-width (1.96 standard errors; none
-    where none is printed): Student's t with Welch's degrees of freedom, the published error's taken as infinite.
+    The interval of the difference is made from that over seeds (Student's t), that of what test tasks bring to all
+    seeds, and the published one (1.96 standard errors; none where none is printed): the root of the sum of squares. It
+    is never narrower than one of them, and more seeds or tasks never widen it.
 
     Args:
         ours: in the published unit.
@@ -46,46 +49,35 @@ def judge(ours: Components, published: float, half: float | None, margin: float 
         half: its printed half-width.
         margin: differences up to this count as reproduced.
     """
-    theirs = (half / Z) ** 2 if half is not None else 0.0
-    variance, df = _total(ours, theirs)
-    difference = ours.mean - published
-    if math.isnan(variance):
-        verdict = None if margin is None else UNDERPOWERED
-        return Judged(difference, math.nan, math.nan, math.nan, verdict, reason="one test task has no interval")
-    width = _quantile(df) * math.sqrt(variance)
-    p = _p(difference, variance, df) if half is not None else math.nan
+    theirs = ((half / Z) ** 2 if half is not None else 0.0, math.inf)
+    parts = [*ours.parts(), theirs]
+    difference, width = ours.mean - published, half_width(parts)
+    p = math.nan if half is None else p_value(difference, parts)
     if margin is None:
-        return Judged(difference, width, df, p, None)
+        return Judged(difference, width, p, None)
+    if math.isnan(width):
+        return Judged(difference, width, p, UNDERPOWERED, reason="one test task has no interval")
     if abs(difference) + width <= margin:
-        return Judged(difference, width, df, p, REPRODUCED)
+        return Judged(difference, width, p, REPRODUCED)
     if abs(difference) - width > margin:
-        return Judged(difference, width, df, p, DIFFERS)
-    return Judged(difference, width, df, p, UNDERPOWERED, *_what_decides(ours, theirs, abs(difference), margin))
-
-
-def _total(ours: Components, theirs: float, seeds: int | None = None, tasks: int | None = None) -> tuple[float, float]:
-    """Squared standard error of the difference and its degrees of freedom."""
-    own, df = ours.error(seeds, tasks)
-    total = own + theirs
-    return total, math.inf if own == 0 else df * (total / own) ** 2
+        return Judged(difference, width, p, DIFFERS)
+    return Judged(difference, width, p, UNDERPOWERED, *_what_decides(ours, theirs, abs(difference), margin))
 
 
 def _what_decides(
-    ours: Components, theirs: float, difference: float, margin: float
+    ours: Components, theirs: tuple[float, float], difference: float, margin: float
 ) -> tuple[int | None, int | None, str | None]:
     """Test episodes and seeds (None: as many as there are) that close the verdict, or why none do."""
-    room, known = abs(margin - difference), Z * math.sqrt(theirs)
+    room, known = abs(margin - difference), Z * math.sqrt(theirs[0])
     if known >= margin and difference <= margin + known:
         return None, None, "cannot be decided: the published interval alone is wider than the margin"
     if known > 0 and known >= room:
         return None, None, "cannot be decided: the published interval alone reaches across the margin"
 
     def enough(seeds: int, tasks: int) -> bool:
-        own = ours.error(seeds, tasks)[0]
-        total, df = _total(ours, theirs, seeds, tasks)
-        return _quantile(df) * math.sqrt(total) + again * math.sqrt(own) <= room
+        own = ours.parts(seeds, tasks)
+        return half_width([*own, theirs]) + AGAIN * math.sqrt(sum(v for v, _ in own)) <= room
 
-    again = _quantile(math.inf, (1 + POWER) / 2)
     if not enough(ours.seeds if ours.seeds == 1 else MOST_SEEDS, MOST_TASKS):
         return None, None, _NO_NUMBER
     more_tasks = _first(partial(enough, ours.seeds), _more(ours.tasks, MOST_TASKS))
@@ -117,18 +109,3 @@ def _more(now: int, most: int, factor: float = 1.1) -> Iterator[int]:
         unit = 10 ** max(0, len(str(n)) - 2)
         n = math.ceil(n / unit) * unit
         yield n
-
-
-def _quantile(df: float, level: float = 0.975) -> float:
-    from scipy.stats import norm, t
-
-    return float(norm.ppf(level) if math.isinf(df) else t.ppf(level, df))
-
-
-def _p(difference: float, variance: float, df: float) -> float:
-    if variance == 0:
-        return 1.0 if difference == 0 else 0.0
-    from scipy.stats import norm, t
-
-    z = abs(difference) / math.sqrt(variance)
-    return float(2 * (norm.sf(z) if math.isinf(df) else t.sf(z, df)))
