@@ -10,47 +10,53 @@ seed by seed and episode by episode, with two intervals: over tasks (each episod
 """
 
 import argparse
-import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
-from scipy.stats import t as student
+
+from metalearn.results import Result, find
+from metalearn.statistics import Paired, over_seeds, paired
+
+Runs = Mapping[int, Result]
 
 
-def load(folder: Path) -> dict[str, dict[int, tuple[dict[str, Any], pd.DataFrame]]]:
-    """Results and episodes by method and seed."""
-    found: dict[str, dict[int, tuple[dict[str, Any], pd.DataFrame]]] = {}
-    for path in sorted(folder.glob("*/seed*/result.json")):
-        seed = int(path.parent.name.removeprefix("seed"))
-        episodes = pd.read_parquet(path.parent / "episodes.parquet")
-        found.setdefault(path.parent.parent.name, {})[seed] = (json.loads(path.read_text()), episodes)
+def load(folder: Path) -> dict[str, dict[int, Result]]:
+    """Results by method and seed, as their folders are called."""
+    found: dict[str, dict[int, Result]] = {}
+    for result in find(folder):
+        if result.folder.name.startswith("seed"):
+            found.setdefault(result.folder.parent.name, {})[int(result.folder.name.removeprefix("seed"))] = result
     return found
 
 
-def values(run: tuple[dict[str, Any], pd.DataFrame], bn: str, group: str | None) -> np.ndarray | None:
-    """The per-episode metric of one mode, by episode; None where the run does not have it."""
-    rows = run[1][run[1]["bn"] == bn].sort_values("episode")
-    rows = rows if group is None else rows[rows["group"] == group]
-    return rows["value"].to_numpy("f8") if len(rows) else None
+def values(runs: Runs, bn: str, group: str | None) -> dict[int, np.ndarray]:
+    """The per-episode metric of one mode by seed, diverged runs and those without the mode left out."""
+    every = {s: r.episodes(bn=bn, group=group)["value"].to_numpy("f8") for s, r in runs.items() if not r.diverged}
+    return {s: v for s, v in every.items() if len(v)}
 
 
-def interval(x: np.ndarray) -> float:
-    """95 % half-width of a mean over seeds; NaN for one."""
-    return float(student.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x))) if len(x) > 1 else float("nan")
+def modes(runs: Runs) -> set[str]:
+    """The batch-norm modes that runs were tested in."""
+    return {name for r in runs.values() for name in r.every_episode()["bn"].unique()}
 
 
-def paired(ours: dict[int, np.ndarray], base: dict[int, np.ndarray]) -> tuple[float, float, float] | None:
-    """Mean difference, and its half-widths over tasks and over seeds."""
-    seeds = sorted(ours.keys() & base.keys())
-    if not seeds:
-        return None
-    difference = np.stack([ours[s] - base[s] for s in seeds])
-    by_task = difference.mean(0)
-    over_tasks = 1.96 * by_task.std(ddof=1) / np.sqrt(len(by_task))
-    return float(difference.mean()), float(over_tasks), interval(difference.mean(1))
+def line(
+    method: str, bn: str, runs: Runs, own: dict[int, np.ndarray], pair: Paired | None, scale: float, d: int
+) -> str:
+    """One line of the table."""
+    means = over_seeds([scale * v.mean() for v in own.values()])
+    cells = [f"{means.mean:.{d}f}", f"+- {means.half:.{d}f}" if means.n > 1 else "-"]
+    if pair:
+        cells += [f"{scale * pair.mean:+.{d}f}", *(f"+- {scale * x:.{d}f}" for x in (pair.over_tasks, pair.over_seeds))]
+    else:
+        cells += ["-"] * 3
+    diverged = sum(r.diverged for r in runs.values())
+    note = f"{len(own)}" + (f" ({diverged} diverged)" if diverged else "")
+    steps = "/".join(map(str, sorted({r.data["steps"] for r in runs.values()})))
+    seconds = np.median([r.data["seconds"] for r in runs.values()])
+    return f"| {method} | {bn} | {note} | " + " | ".join(cells) + f" | {steps} | {seconds:.0f} |"
 
 
 def table(folder: Path, baseline: str, scale: float, digits: int, group: str | None) -> list[str]:
@@ -58,40 +64,19 @@ def table(folder: Path, baseline: str, scale: float, digits: int, group: str | N
     found = load(folder)
     if baseline not in found:
         sys.exit(f"--baseline {baseline}: must be one of {', '.join(found)}")
-    modes = sorted({bn for runs in found.values() for _, e in runs.values() for bn in e["bn"].unique()})
-    number = f"{{:.{digits}f}}".format
     lines = [
         f"| method | bn | seeds | mean | 95 % over seeds | minus {baseline} | over tasks | over seeds "
         "| meta-steps | seconds |",
         "| --- " * 10 + "|",
     ]
-    for bn in modes:
+    for bn in sorted(set.union(*map(modes, found.values()))):
         for method, runs in found.items():
-            diverged = [s for s, r in runs.items() if r[0]["status"] == "diverged"]
-            own = {s: v for s, r in runs.items() if s not in diverged and (v := values(r, bn, group)) is not None}
-            if not own:
+            if not (own := values(runs, bn, group)):
                 continue
-            ids = {r[0]["protocol"]["episodes_id"] for r in (*runs.values(), *found[baseline].values())}
-            base = {
-                s: v
-                for s, r in found[baseline].items()
-                if r[0]["status"] == "done" and (v := values(r, bn, group)) is not None
-            }
-            means = scale * np.array([v.mean() for v in own.values()])
-            cells = [number(means.mean()), "+- " + number(interval(means)) if len(means) > 1 else "-"]
-            pair = paired(own, base) if method != baseline and len(ids) == 1 else None
-            if pair:
-                cells += [f"{scale * pair[0]:+.{digits}f}", *(f"+- {number(scale * x)}" for x in pair[1:])]
-            else:
-                cells += ["-"] * 3
-            steps = sorted({r[0]["steps"] for r in runs.values()})
-            seconds = np.median([r[0]["seconds"] for r in runs.values()])
-            note = f"{len(own)}" + (f" ({len(diverged)} diverged)" if diverged else "")
-            lines.append(
-                f"| {method} | {bn} | {note} | "
-                + " | ".join(cells)
-                + f" | {'/'.join(map(str, steps))} | {seconds:.0f} |"
-            )
+            ids = {r.data["protocol"]["episodes_id"] for r in (*runs.values(), *found[baseline].values())}
+            alone = method == baseline or len(ids) > 1
+            pair = None if alone else paired(own, values(found[baseline], bn, group))
+            lines.append(line(method, bn, runs, own, pair, scale, digits))
     return lines
 
 

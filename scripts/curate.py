@@ -12,9 +12,11 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
+
+from metalearn.results import find, matches, value
+from metalearn.schema.keys import show
 
 
 def curate(cell: Path, target: Path) -> None:
@@ -33,31 +35,18 @@ def curate(cell: Path, target: Path) -> None:
         (target / "analysis.json").write_bytes((cell / "analysis.json").read_bytes())
 
 
-def value_at(config: dict[str, Any], key: str) -> Any:
-    """The value of a dotted key; None where there is none."""
-    node: Any = config
-    for part in key.split("."):
-        node = node.get(part) if isinstance(node, dict) else None
-    return node
-
-
-def as_text(value: Any) -> str:
-    """As on the command line."""
-    return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
-
-
 def collect(output: Path, target: Path, by: list[str], wanted: dict[str, str]) -> None:
     """Curate all cells with the wanted values."""
     taken: dict[str, Path] = {}
-    for path in sorted((output / "runs").glob("*/result.json")):
-        config = json.loads(path.read_text())["config"]
-        if any(as_text(value_at(config, k)) != v for k, v in wanted.items()):
+    for result in find(output / "runs"):
+        config = result.config
+        if not matches(config, wanted):
             continue
-        marks = [f"{k.rsplit('.', 1)[1]}{as_text(v)}" for k in by if (v := value_at(config, k)) is not None]
+        marks = [f"{k.rsplit('.', 1)[1]}{show(v)}" for k in by if (v := value(config, k)) is not None]
         name = "-".join([config["algorithm"]["name"], *marks]) + f"/seed{config['seed']}"
         if name in taken:
-            sys.exit(f"{name}: both {taken[name]} and {path.parent} have these values; add key=value or --by")
-        taken[name] = path.parent
+            sys.exit(f"{name}: both {taken[name]} and {result.folder} have these values; add key=value or --by")
+        taken[name] = result.folder
     for name, cell in taken.items():
         curate(cell, target / name)
     print(f"{len(taken)} cells in {target}")
