@@ -18,7 +18,7 @@ from metalearn.schema.keys import show
 from metalearn.sweep.standing import Standing, standings
 
 Config = dict[str, Any]
-NOT_NAMED = ("experiment=", "dataset_algorithm=", "output_dir=")
+NOT_NAMED = ("experiment", "dataset_algorithm", "output_dir")
 
 
 class Entry(NamedTuple):
@@ -89,8 +89,14 @@ class _Found:
 
 def _with_names(entries: list[Entry]) -> list[Entry]:
     shared = set.intersection(*(set(e.overrides) for e in entries)) if len(entries) > 1 else set()
-    own = [[o for o in e.overrides if o not in shared and not o.startswith(NOT_NAMED)] for e in entries]
+    keys = ("seed", *dimensions(entries)) if len(entries) > 1 else None  # others only follow these
+    own = [[o for o in e.overrides if o not in shared and _names(o, keys)] for e in entries]
     return [e._replace(name=" ".join(words) or e.cell_id) for e, words in zip(entries, own, strict=True)]
+
+
+def _names(override: str, keys: Sequence[str] | None) -> bool:
+    key = override.partition("=")[0]
+    return key not in NOT_NAMED and (keys is None or key in keys)
 
 
 def _filtered(found: list[Result], wanted: Mapping[str, list[Any]], place: str | Path) -> list[Entry]:
@@ -139,3 +145,22 @@ def telling(found: Sequence[results.Configured]) -> list[str]:
 def _member(config: Config, group: str) -> str | None:
     name = results.value(config, group)
     return name if isinstance(name, str) else None  # a group with one schema has no name
+
+
+def dimensions(entries: Sequence[Entry]) -> list[str]:
+    """Keys that tell all settings apart, besides the seed: the algorithm, what was swept on purpose, then the rest."""
+    named = {o.partition("=")[0] for e in entries for o in e.overrides}
+    kept: list[str] = []
+    while True:
+        left = [k for own in settings_of(entries, kept).values() for k in telling(own) if k not in kept]
+        if not left:
+            return kept
+        kept.append(min(left, key=lambda k: (k != "algorithm", k not in named)))
+
+
+def settings_of(entries: Sequence[Entry], keys: Sequence[str]) -> dict[tuple[str, ...], list[Entry]]:
+    """The entries by their values of these keys, as they are written on the command line."""
+    out: dict[tuple[str, ...], list[Entry]] = {}
+    for e in entries:
+        out.setdefault(tuple(show(results.value(e.config, k)) for k in keys), []).append(e)
+    return out

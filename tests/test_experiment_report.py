@@ -8,10 +8,10 @@ import stored
 from scipy import stats
 
 from metalearn import cells, reports
-from metalearn.experiment_report import report, sections
+from metalearn.experiment_report import report
 from metalearn.experiment_report.page import Html, page, tag
 from metalearn.schema import BadInput
-from metalearn.selection import select
+from metalearn.selection import dimensions, select
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
@@ -146,7 +146,7 @@ def test_one_result_alone_and_none(tmp_path):
 def test_settings_are_told_apart_by_what_was_swept(tmp_path):
     """Keys of one algorithm alone count too; those that only follow an algorithm do not."""
     line = ["dataset=sinusoid", f"output_dir={tmp_path}", "algorithm=protonet,maml", "algorithm.alpha=0.01,0.02"]
-    assert sections.dimensions(select(line)) == ["algorithm", "algorithm.alpha"]
+    assert dimensions(select(line)) == ["algorithm", "algorithm.alpha"]
 
 
 def test_an_experiments_comment_and_name_are_at_the_top():

@@ -118,6 +118,15 @@ def test_a_value_without_a_mean_interrupts_the_line(sweep):
     assert [y == y for y in drawn.get_ydata()] == [True, False, True]
 
 
+def test_a_point_between_gaps_has_a_bar(sweep):
+    line, found = sweep("algorithm.alpha=0.01,0.02,0.03", "seed=0,1")
+    for cell in (found[0], found[1], found[4], found[5]):
+        stored.store(cell, 0.5 + 0.1 * cell.config["seed"])
+    (bars,) = (c for c in draw.figure(plot(line)).axes[0].collections if type(c).__name__ == "LineCollection")
+    half = stats.t.ppf(0.975, 1) * 0.05
+    assert [s[:, 1].tolist() for s in bars.get_segments()] == [pytest.approx([0.55 - half, 0.55 + half])] * 2
+
+
 def test_all_diverged_is_a_picture_too(sweep):
     line, found = sweep("algorithm.alpha=0.01,0.02", "seed=0")
     for cell in found:
@@ -158,6 +167,15 @@ def test_what_is_not_clear_is_refused_with_the_candidates(alphas, sweep):
         plot(line, x="algorithm.alhpa")
     with pytest.raises(BadInput, match="accuracy: no result has it; there are mse"):
         plot(line, hue=["optimizer.lr"], metric="accuracy")
+
+
+def test_cells_are_named_by_what_tells_them_apart(sweep):
+    """Not by keys that follow the algorithm."""
+    line, found = sweep("algorithm=maml,anil", "seed=0,1", "trainer.max_steps=7")
+    assert [e.name for e in select(line)][1:3] == ["algorithm=maml seed=1", "algorithm=anil seed=0"]
+    stored.store(found[0], 0.5)
+    drawn = plot(line, x="algorithm")
+    assert drawn.hue == () and [p.place.x for p in drawn.points] == ["anil", "maml"]
 
 
 def test_nothing_finished_is_said(sweep):

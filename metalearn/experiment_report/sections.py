@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -17,7 +17,7 @@ from metalearn.figures.series import Request
 from metalearn.results import Result
 from metalearn.schema import BadInput
 from metalearn.schema.keys import show
-from metalearn.selection import Entry, telling
+from metalearn.selection import Entry, dimensions, settings_of
 from metalearn.statistics import over_seeds
 from metalearn.sweep.standing import FINISHED, STATES, duration
 
@@ -29,24 +29,6 @@ DPI = 120
 def finished(entries: Sequence[Entry]) -> list[Result]:
     """The results there are."""
     return [e.result for e in entries if e.result is not None]
-
-
-def dimensions(entries: Sequence[Entry]) -> list[str]:
-    """Keys that tell all settings apart, besides the seed: the algorithm, what was swept on purpose, then the rest."""
-    named = {o.partition("=")[0] for e in entries for o in e.overrides}
-    kept: list[str] = []
-    while True:
-        left = [k for own in _settings(entries, kept).values() for k in telling(own) if k not in kept]
-        if not left:
-            return kept
-        kept.append(min(left, key=lambda k: (k != "algorithm", k not in named)))
-
-
-def _settings(entries: Iterable[Entry], keys: Sequence[str]) -> dict[tuple[str, ...], list[Entry]]:
-    out: dict[tuple[str, ...], list[Entry]] = {}
-    for e in entries:
-        out.setdefault(axes.label_values(e.config, keys), []).append(e)
-    return out
 
 
 # ---- how far it is -------------------------------------------------------------------------------------------------
@@ -93,7 +75,7 @@ def measured(entries: Sequence[Entry]) -> list[Piece]:
     names = dict.fromkeys(n for r in found for n in r.data["metrics"] if "step=" not in n)
     units = {n: m["unit"] for r in found for n, m in r.data["metrics"].items()}
     rows = []
-    for labels, own in _settings(entries, keys).items():
+    for labels, own in settings_of(entries, keys).items():
         done = [e.result for e in own if e.result is not None and not e.result.diverged]
         lost = Counter(e.state for e in own if e.state != "done")
         note = ", ".join(f"{n} {s}" for s, n in lost.items())
@@ -144,8 +126,8 @@ def curves(entries: Sequence[Entry], x: str, title: str) -> list[Piece]:
 
 def _figure(entries: Sequence[Entry], x: str, others: Sequence[str], title: str) -> Piece:
     hue, panel = list(others), []
-    if len(hue) > 1 and len(_settings(entries, hue)) > MOST_LINES:
-        panel = [min(hue, key=lambda k: len(_settings(entries, [k])))]
+    if len(hue) > 1 and len(settings_of(entries, hue)) > MOST_LINES:
+        panel = [min(hue, key=lambda k: len(settings_of(entries, [k])))]
         hue = [k for k in hue if k not in panel]
     try:
         plot = series.plot(entries, Request(x=x, hue=hue, panel=panel, title=title))

@@ -83,9 +83,10 @@ def label(config: dict[str, Any], keys: Sequence[str]) -> str:
     return ", ".join(p for p, v in zip(parts, values, strict=True) if v != "null") or "null"
 
 
-def choose_hue(entries: Sequence[Entry]) -> list[str]:
-    """The algorithm, if there are several."""
-    return ["algorithm"] if len({label_values(e.config, ["algorithm"]) for e in entries}) > 1 else []
+def choose_hue(entries: Sequence[Entry], x: str | None) -> list[str]:
+    """The algorithm, if there are several and it is not what they are drawn over."""
+    several = len({label_values(e.config, ["algorithm"]) for e in entries}) > 1
+    return ["algorithm"] if several and x != "algorithm" else []
 
 
 def choose_x(entries: Sequence[Entry], within: Sequence[str]) -> str:

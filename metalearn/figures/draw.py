@@ -245,9 +245,11 @@ class _Drawing:
         joined = style.dash if len(found) > 1 and not self.by_word else "none"
         size = 5 if len(found) <= 2 * MOST_TICKS else 0
         axis.plot(x, y, color=style.colour, marker=style.marker, linestyle=joined, markersize=size)
-        if joined == "none":
-            axis.errorbar(x, y, half, fmt="none", ecolor=style.colour, capsize=3)
-        elif any(half):
+        alone = [i for i, p in enumerate(found) if p.seeds and (joined == "none" or _is_alone(found, i))]
+        if alone:  # a band has no width there
+            across, up, bars = ([v[i] for i in alone] for v in (x, y, half))
+            axis.errorbar(across, up, bars, fmt="none", ecolor=style.colour, capsize=3)
+        if joined != "none" and any(half):
             low = [
                 max(a - h, self.low if self.y_scale.name == "log" else -math.inf) for a, h in zip(y, half, strict=True)
             ]
@@ -257,8 +259,8 @@ class _Drawing:
             (a, v * self.factor) for a, p in zip(x, found, strict=True) if len(p.seeds) > 1 for v in p.seeds.values()
         ]
         if many and size:
-            across, up = zip(*many, strict=True)
-            axis.scatter(across, up, s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
+            seeds_x, seeds_y = zip(*many, strict=True)
+            axis.scatter(seeds_x, seeds_y, s=9, color=style.colour, alpha=0.35, linewidths=0, zorder=1.5)
         for a, b, p in zip(x, y, found, strict=True):
             if p.best:
                 axis.plot(a, b, color=style.colour, zorder=4, **STAR)
@@ -337,6 +339,11 @@ class _Drawing:
             out.append(label if place - half > end + LETTER else "")
             end = place + half if out[-1] else end
         return out
+
+
+def _is_alone(points: Sequence[Point], i: int) -> bool:
+    """Whether no neighbour of a point has a mean."""
+    return not any(points[j].seeds for j in (i - 1, i + 1) if 0 <= j < len(points))
 
 
 def _mark_label(mark: Mark) -> str:

@@ -125,7 +125,7 @@ def plot(entries: Sequence[Entry], request: Request) -> Plot:
         BadInput: if the request is not clear (the message names the candidates), if results of one point differ in
             more than the seed, and if nothing has finished.
     """
-    hue = axes.choose_hue(entries) if request.hue is None else list(request.hue)
+    hue = axes.choose_hue(entries, request.x) if request.hue is None else list(request.hue)
     within = [*hue, *request.panel]
     axes.check_keys(entries, within)
     x = request.x or axes.choose_x(entries, within)
