@@ -32,6 +32,7 @@ VERBS = {
     "results": "metalearn.listing",
     "sweep": "metalearn.sweep",
     "table": "metalearn.tables.command",
+    "wandb": "metalearn.wandb_push",
 }
 """The module of each verb; its `main(arguments)` returns the exit code."""
 FAILED: list[str] = []

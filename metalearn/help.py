@@ -22,6 +22,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
   metalearn sweep plan [...]                    what a sweep would cost, and the smallest differences it could show
   metalearn sweep status|run|repair [...]       where a sweep stands; submit what is missing, on SLURM or here
   metalearn figure [--help]                     a metric against a swept key, from results
+  metalearn wandb push [key=value] ...          a sweep's W&B runs, rebuilt from the local files
   metalearn results [key=value] ...             finished results, filtered and listed
   metalearn table [<paper>/<table>] [...]       a paper's table with our results beside the published numbers
   metalearn report [NAME] [--help]              what papers prove, as measured numbers and pictures

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from pytorch_lightning.loggers import CSVLogger, Logger
@@ -89,14 +88,8 @@ class Mirror(Logger):
         except Exception as error:
             self._lost = True
             if not quiet:
-                what = (
-                    f"logging to {self.kind} has ended: {_words(error)}; metrics.jsonl and result.json have everything"
-                )
-                warnings.warn(what, stacklevel=2)
-
-
-def _words(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+                what = f"logging to {self.kind} has ended: {wandb_run.words(error)}"
+                warnings.warn(f"{what}; metrics.jsonl and result.json have everything", stacklevel=2)
 
 
 class CsvSink:
@@ -136,54 +129,8 @@ class WandbSink:
         """Nothing: W&B's process writes by itself."""
 
     def end(self, state: str, result: Config | None) -> None:
-        _within(2 * PATIENCE_SECONDS, lambda: self._end(state, result))
-
-    def _end(self, state: str, result: Config | None) -> None:
-        try:
-            if result is not None:
-                self.run.summary.update(wandb_run.summary(result))
-            self.run.finish(exit_code=wandb_run.EXIT_CODES[state])
-        except TimeoutError:
-            raise  # the process lives, its server does not
-        except Exception:
-            _forget_process()
-            raise
-
-
-def _within(seconds: float, act: Callable[[], None]) -> None:
-    """Do something that may hang.
-
-    Raises:
-        TimeoutError: if it has not ended by then; W&B's process is gone after that.
-        Exception: what it raised.
-    """
-    raised: list[Exception] = []
-
-    def work() -> None:
-        try:
-            act()
-        except Exception as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=work, daemon=True, name="end of mirror")
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        _forget_process(kill=True)
-        raise TimeoutError(f"no answer within {seconds:g} s")
-    if raised:
-        raise raised[0]
-
-
-def _forget_process(kill: bool = False) -> None:
-    """Let the next run of this process start a new W&B process: this one is lost, and would hold up our exit."""
-    import wandb
-
-    with suppress(Exception):
-        if kill:  # there is no public way
-            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
-    with suppress(Exception):
-        wandb.teardown()
+        shown = {} if result is None else wandb_run.summary(result)
+        wandb_run.finish(self.run, shown, wandb_run.EXIT_CODES[state], 2 * PATIENCE_SECONDS)
 
 
 SINKS: dict[str, tuple[str, Callable[[Config, CellDir, int], Sink]]] = {
@@ -201,7 +148,7 @@ def build_logger(config: Config, cell: CellDir, attempt: int) -> Mirror | None:
     try:
         return Mirror(kind, make(config, cell, attempt), cell, attempt)
     except Exception as error:
-        warnings.warn(f"logging to {kind} is off: {_words(error)}", stacklevel=2)
+        warnings.warn(f"logging to {kind} is off: {wandb_run.words(error)}", stacklevel=2)
         return None
 
 

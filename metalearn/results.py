@@ -23,6 +23,8 @@ from metalearn.schema.keys import show
 from metalearn.schema.registry import SINGLE
 
 Config = dict[str, Any]
+NOT_RESULTS = ("old", "checkpoints", "wandb", "hydra", "locks", "jobs", "submitted")
+"""Folders in which no results lie."""
 
 
 class Result(NamedTuple):
@@ -110,7 +112,7 @@ def find(place: str | Path) -> list[Result]:
 
 def _below(place: Path) -> Iterator[Result]:
     for folder, names, files in os.walk(place):
-        names[:] = [n for n in names if n not in ("old", "checkpoints", "wandb", "hydra", "locks", "jobs", "submitted")]
+        names[:] = [n for n in names if n not in NOT_RESULTS]
         if "result.json" in files and (data := read_json(Path(folder) / "result.json")) is not None:
             yield Result(Path(folder), data)
 

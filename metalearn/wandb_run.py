@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,12 +52,14 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     for name, metric in metrics.items():
         plain = f"test_{names[name]}"
         shown |= {plain: metric["mean"], f"{plain}_ci95": metric["ci95"], f"{plain}_n": metric["n"]}
-    about = {
-        k: result[k]
-        for k in ("cell_id", "train_id", "status", "steps", "seconds", "git_commit", "error")
-        if k in result
-    }
+    about = {k: result[k] for k in ("cell_id", "train_id", "status", "steps", "git_commit", "error") if k in result}
+    about["total_seconds"] = result["seconds"]  # of the log's columns W&B shows the last value under their own names
     return {k: v for k, v in (about | shown).items() if v is not None}
+
+
+def tags(config: Config) -> list[str]:
+    """Algorithm, data set, and the user's own."""
+    return list(dict.fromkeys([config["algorithm"]["name"], config["dataset"]["name"], *config["logger"]["tags"]]))
 
 
 def start(
@@ -96,7 +101,7 @@ def start(
         name=f"{config['algorithm']['name']}_{config['dataset']['name']}_{config['seed']}",
         group=section["group"],
         job_type=JOB_TYPE,
-        tags=list(dict.fromkeys([config["algorithm"]["name"], config["dataset"]["name"], *section["tags"]])),
+        tags=tags(config),
         config=config,
         mode=mode,  # type: ignore[arg-type]
         resume="allow" if resume else None,
@@ -106,7 +111,90 @@ def start(
 
 
 def known_key() -> bool:
-    """Whether W&B's server will be given a key (environment, settings or netrc); asks nobody, sends nothing."""
+    """Whether W&B's server will be given a key (environment, settings or netrc); asks nobody, sends nothing.
+
+    Raises:
+        wandb.errors.AuthenticationError: if there is one that cannot be a key.
+    """
     import wandb
 
+    wandb.setup(settings=wandb.Settings(silent=True))
     return bool(wandb.login(prompt=False, verify=False))
+
+
+def check_server(seconds: float) -> None:
+    """Have W&B's server accept the key.
+
+    Args:
+        seconds: how long to wait for it.
+
+    Raises:
+        wandb.errors.AuthenticationError: if it does not, or does not answer.
+    """
+    import wandb
+
+    wandb.Api(timeout=max(1, int(seconds)))  # verifies; wandb.login does so only once in a process
+
+
+def finish(run: wandb.Run, shown: Mapping[str, Any], exit_code: int, seconds: float) -> None:
+    """Give a run its summary and end it.
+
+    Args:
+        run: see above.
+        shown: the summary's new values.
+        exit_code: see `EXIT_CODES`.
+        seconds: how long that may take; more than the run's `finish_timeout`, within which W&B's process gives up by
+            itself.
+
+    Raises:
+        TimeoutError: if it takes longer.
+        Exception: whatever W&B raises; its process has been given up then, and the next run starts another.
+    """
+    raised: list[Exception] = []
+
+    def work() -> None:
+        try:
+            run.summary.update(dict(shown))
+            run.finish(exit_code=exit_code)
+        except TimeoutError as error:  # the process lives, its server does not
+            raised.append(error)
+        except Exception as error:
+            raised.append(error)
+            _forget_process()
+
+    thread = threading.Thread(target=work, daemon=True, name="end of W&B run")
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        _forget_process(kill=True)
+        raise TimeoutError(f"no answer within {seconds:g} s")
+    if raised:
+        raise raised[0]
+
+
+def _forget_process(kill: bool = False) -> None:
+    """Let the next run start a new W&B process: this one is lost, and would hold up our exit."""
+    import wandb
+
+    with suppress(Exception):
+        if kill:  # there is no public way
+            wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
+    with suppress(Exception):
+        wandb.teardown()
+
+
+def upload_errors(run: wandb.Run) -> list[str]:
+    """What W&B's process could not upload of a finished run, by its own log; `finish` does not tell."""
+    found = []
+    with suppress(FileNotFoundError):
+        for line in Path(run.settings.log_internal).read_text(errors="replace").splitlines():
+            with suppress(ValueError):
+                entry = json.loads(line)
+                if str(entry.get("level", "")).startswith("ERROR"):
+                    found.append(str(entry.get("msg")))
+    return found
+
+
+def words(error: Exception) -> str:
+    """An exception as one line."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:300]
