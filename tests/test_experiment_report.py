@@ -177,3 +177,15 @@ def test_help_and_bad_input(capsys, tmp_path):
     }.items():
         with pytest.raises(BadInput, match=message):
             reports.main([*arguments])
+
+
+def test_tables_of_the_experiment_stand_beside_published_numbers(tmp_path):
+    line = ["experiment=gradagree/fig1", f"output_dir={tmp_path}"]
+    read = Reader(report(select(line), ["gradagree/fig1"], overrides=line))
+    assert read.open == [] and "h3" in {t for t, _ in read.tags}
+    head = read.rows["Tables"][0]
+    assert "published" in head and "verdict" in head
+    rows = [dict(zip(head, r, strict=True)) for r in read.rows["Tables"][1:] if len(r) == len(head)]
+    assert [r["published"] for r in rows] == ["0.13", "0.08"]
+    assert all(r["verdict"].startswith("missing") for r in rows)
+    assert all(a["href"].startswith("#") for _, a in read.tags if "href" in a)

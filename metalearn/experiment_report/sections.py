@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from metalearn import results
+from metalearn import results, tables
 from metalearn.evaluation.metrics import qualifiers_of
 from metalearn.experiment_report.page import Html, Piece, details, markup, picture, table, tag
 from metalearn.figures import axes, draw, series
@@ -67,6 +67,23 @@ def _cells(n: int) -> str:
 
 
 # ---- numbers -------------------------------------------------------------------------------------------------------
+
+
+def published(
+    experiments: Sequence[str], overrides: Sequence[str], place: str | None, folders: Sequence[str]
+) -> list[Piece]:
+    """The tables of these experiments, with the published numbers."""
+    pieces: list[Piece] = []
+    others = [o for o in overrides if not o.startswith("experiment=")]
+    for name in tables.names(folders):
+        try:
+            experiment = tables.load(name, folders).experiment
+            if experiment in experiments:
+                filled = tables.make(name, [f"experiment={experiment}", *others], place=place, config_dirs=folders)
+                pieces.append(Html(tables.render(filled, "html")))
+        except BadInput as error:
+            pieces.append(tag("p", f"Table {name} cannot be made: {error}", class_="warn"))
+    return pieces
 
 
 def measured(entries: Sequence[Entry]) -> list[Piece]:
