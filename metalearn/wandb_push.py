@@ -96,9 +96,11 @@ def main(arguments: Sequence[str]) -> int:
             notes.append(f"{cell.cell_id}: running, left out")
         else:
             stored.append(cell)
-    if options.dry_run:
+    if not stored:
+        notes.append("no cell to push")
+    elif options.dry_run:
         print(table(stored, options.project))
-    elif stored:
+    else:
         failed += _push_all(stored, options)
     for line in (*notes, *failed):
         print(f"metalearn: {line}", file=sys.stderr)

@@ -87,6 +87,9 @@ QUIET = {
     "help later": ["algorithm=maml", "-h"],
     "help trainer": ["--help", "trainer"],
     "help algorithm": ["--help", "algorithm"],
+    "push": ["wandb", "push", "--help"],
+    "push of nothing": ["wandb", "push", "--dry-run", "dataset=sinusoid", "output_dir=nowhere"],
+    "no verb of wandb": ["wandb", "pusj"],
     "cfg": ["--cfg", "job", "+algorithm=reptile", "dataset=sinusoid", "seed=1", "++seed=3"],
     "cfg without data": ["--cfg", "job", "dataset=omniglot", "algorithm=protonet"],
     "cfg with bad input": ["--cfg", "job", "dataset=omniglot", "dataset.size=7"],
@@ -134,6 +137,7 @@ def quiet(no_torch, tmp_path_factory):
         ("no option", "--nope: no such option"),
         ("no report", "report: taylr: must be one of"),
         ("bad option of a report", "--tasks: 3: must be a whole number >= 100"),
+        ("no verb of wandb", "wandb: pusj: must be push; did you mean 'push'?"),
         ("several values", "seed=1,2: several values need -m"),
         ("a range", "trainer.threads=range(3): several values need -m"),
         ("no group", "nope: no such group"),
@@ -149,6 +153,13 @@ def test_reports_are_listed_and_described(quiet):
     for name, said in (("reports", "outputs/theory/NAME"), ("options of a report", "--sets")):
         code, out, err = quiet[name]
         assert (code, err) == (0, "") and said in out and "Corollary 1" in out
+
+
+def test_pushing_to_wandb_needs_no_torch(quiet):
+    code, out, err = quiet["push"]
+    assert (code, err) == (0, "") and "--offline FOLDER" in out and "WANDB_API_KEY" in out
+    code, out, err = quiet["push of nothing"]
+    assert (code, out) == (0, "") and "not started (dataset=sinusoid" in err and "no cell to push" in err
 
 
 def test_help_names_every_group_member_and_key(quiet):

@@ -301,3 +301,18 @@ def test_an_unreadable_cell_is_listed(tmp_path, capsys):
     assert wandb_push.main(["push", "--from", str(tmp_path), "--dry-run"]) == 1
     shown, told = capsys.readouterr()
     assert good in shown and bad not in shown and f"{bad}: cannot be read" in told
+
+
+def test_written_runs_are_uploaded_by_wandb_sync(tmp_path, server):
+    """The two steps of a machine without network end where an upload ends."""
+    cell_id = stored(tmp_path / "out", "done", "logger.group=g")
+    assert wandb_push.main(["push", "--from", str(tmp_path / "out"), "--offline", str(tmp_path / "w")]) == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "wandb", "sync", str(tmp_path / "w" / "wandb")],
+        capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    run = server.runs[cell_id]
+    assert run.history == HISTORY and about(run.summary) == SUMMARY | {"cell_id": cell_id}
+    assert run.fields["groupName"] == "g" and run.exit_code == 0
+    assert run.config == yaml.safe_load((tmp_path / "out" / "runs" / cell_id / "config.yaml").read_text())
