@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import json
 import math
+import subprocess
 import sys
 import time
 
@@ -364,7 +365,10 @@ def test_the_table_says_what_the_numbers_are(tmp_path, capsys, measured):
     row = lines["algorithm=maml dataset=sinusoid"].split()
     assert row[2:4] == ["2", "2"] and "10 ms" in lines["algorithm=maml dataset=sinusoid"]
     assert "2.0 GiB the 2 largest together" in text and "at width 2" in text
-    assert "load average" in text and "80 %" in text
+    assert "load average" in text and "80 %" in text and "no more than the CPU time" not in text
+    measured.answer = lambda cell: Measured(SPEED, None, about() | {"others": 1.0})
+    main(["plan", *SINE, f"output_dir={tmp_path}", "--calibrate"])
+    assert "no more than the CPU time" in capsys.readouterr().out
     assert max(map(len, text.splitlines())) < 250
 
 
@@ -537,3 +541,45 @@ def test_the_printed_half_width_of_the_settings_counts(tmp_path):
     assert [t.name for t in tables] == ["p/t"]
     assert typical_half(tables, [one]) == pytest.approx(0.02) and typical_half(tables, [five]) == pytest.approx(0.09)
     assert tables_of(expand([*SINE]), [str(tmp_path)]) == [] and typical_half([], [one]) is None
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_measuring_a_run_that_starts_from_another_trains_that_one_but_shortly(tmp_path):
+    (cell,) = expand(
+        ["dataset=group_regression", "algorithm=tsa_maml", "logger=none", "trainer.threads=1", f"output_dir={tmp_path}"]
+        + ["algorithm.pretrain_steps=1000000", "trainer.max_steps=100000", "algorithm.tasks=5000"]
+    )
+    kept: dict[int, str] = {}
+    for counts in (trial.least(cell.config), trial.Counts(6, 4, 8, 40)):
+        own = trial.cell_of(trial.shortened(cell.config, counts, tmp_path))
+        trial.provide(own, kept)
+        found, parts = trial.measure(own, counts)
+        assert found["speed"]["prepared"] == pytest.approx(parts.tasks / counts.tasks) and parts.tasks > 0
+        assert found["speed"]["step"] > 0 and found["speed"]["kept"] > 0
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 3  # two of the cell, one of what it starts from
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["dataset=sinusoid", "algorithm=maml", "trainer.max_steps=3000", "trainer.val_every=500"],
+        ["dataset=sinusoid", "algorithm=reptile", "trainer.max_steps=3000", "trainer.val_every=500"],
+        ["dataset=glyphs", "algorithm=anil", "trainer.max_steps=40", "trainer.val_every=20", "trainer.val_episodes=32"],
+    ],
+)
+def test_predicted_seconds_are_those_of_the_run(tmp_path, capfd, overrides):
+    """Within a factor of 1.5 of the command's wall time: needs a machine that is equally busy all the time."""
+    command = [*overrides, "logger=none", "trainer.threads=1", "trainer.test_episodes=100"]
+    found = planned(capfd, *command, f"output_dir={tmp_path / 'plan'}", "--seconds", "10")
+    (predicted,) = (r["seconds"] for r in found["runs"])
+    began = time.monotonic()
+    arguments = [sys.executable, "-m", "metalearn", *command, f"output_dir={tmp_path / 'run'}"]
+    subprocess.run(arguments, check=True, capture_output=True)
+    took = time.monotonic() - began
+    assert took / 1.5 < predicted < took * 1.5
+    (result,) = (tmp_path / "run" / "runs").glob("*/result.json")
+    size_there = sum(p.stat().st_size for p in result.parent.rglob("*") if p.is_file())
+    assert size_there / 1.5 < found["groups"][0]["disk"] < size_there * 1.5

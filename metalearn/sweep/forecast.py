@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from metalearn.bench.report import BUSY
 from metalearn.cells import Cell
 from metalearn.ledger import CellDir, Checkpoints, trained_by
 from metalearn.results import Result
@@ -254,11 +255,15 @@ def _notes(work: Work, measured: Sequence[Measured], book: Book, width: int) -> 
     loads, others = ([m.about[k] for m in known] for k in ("load", "others"))
     notes = [
         f"measured on {devices}, {dates[0]}" + (f" to {dates[-1]}" if dates[-1] != dates[0] else ""),
-        f"meanwhile the load average was {between(loads)} and other work took {between(others)} of"
-        f" {book.machine['cores']} cores; the predicted times are those of a "
-        "machine that is as busy",
+        f"meanwhile the load average was {between(loads)} and other work took {between(others)} of "
+        f"{book.machine['cores']} cores",
         "not in these times: first use of data (unpacking, caches) and the first compilation of kernels",
     ]
+    if max(others) > BUSY:
+        notes.append(
+            "times are those of a machine that is as busy; with cores to themselves, cells one at a time would need no "
+            "more than the CPU time"
+        )
     if any(c.config["logger"]["name"] != "none" for c in work.pending):
         notes.append("measured without a logger: the time and the files of W&B or csv come on top")
     if width > 1:
