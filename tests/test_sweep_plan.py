@@ -28,7 +28,8 @@ from metalearn.sweep.speed import Speed, groups, signature, validations
 pytestmark = pytest.mark.usefixtures("compose_once")
 SINE = ("dataset=sinusoid", "dataset.variant=finn", "logger=none")
 SPEED = Speed(
-    start=5.0, setup=1.0, prepared=0.5, step=0.01, validation=0.002, test=0.003, cores=1.5, memory=2**30, gpu=None,
+    start=4.0, once=1.0, setup=1.0,
+    prepared=0.5, step=0.01, validation=0.002, test=0.003, cores=1.5, memory=2**30, gpu=None,
     checkpoint=1000.0, line=100.0, row=10.0, kept=7.0, other=5000.0,
 )  # fmt: skip
 ABOUT = {"host": "here", "device": "CPU", "date": "2026-01-01", "load": 0.5, "others": 0.1, "metric": "mse"}
@@ -248,6 +249,13 @@ def test_one_of_each_kind_is_measured_and_remembered(tmp_path, capsys, measured)
     planned(capsys, *command, "--calibrate")
     assert len(measured.asked) == 4
     assert {p.name for p in tmp_path.iterdir()} == {"plan"}
+
+
+def test_first_use_of_data_is_measured_again(tmp_path, capsys, measured):
+    speeds = [dataclasses.replace(SPEED, once=60.0), SPEED]
+    measured.answer = lambda cell: Measured(s := speeds.pop(0), None, about() | {"speed": dataclasses.asdict(s)})
+    found = planned(capsys, *SINE, f"output_dir={tmp_path}")
+    assert found["groups"][0]["measured"]["once"] == 1.0 and not speeds
 
 
 def test_what_was_measured_holds_for_its_machine_threads_and_commit(tmp_path, monkeypatch):
@@ -499,7 +507,7 @@ def test_measuring_one_run(tmp_path):
     (cell,) = expand([*runs.TINY, "trainer.max_steps=50", "trainer.val_every=25", f"output_dir={tmp_path / 'own'}"])
     counts = trial.Counts(3, 4, 8, 0)
     found, parts = trial.measure(trial.cell_of(trial.shortened(cell.config, counts, tmp_path / "try")), counts)
-    speed = Speed(start=1.0, **found["speed"])
+    speed = Speed(start=1.0, once=0.0, **found["speed"])
     assert min(speed.step, speed.validation, speed.test, speed.setup, speed.cores) > 0
     assert speed.step == pytest.approx(parts.half / 3) and speed.memory > 2**26
     assert len(found["about"]["values"]) == 8 and found["about"]["metric"] == "mse"

@@ -105,7 +105,7 @@ def job_of(cell: Cell, measured: Measured) -> Job:
     begun = Checkpoints(CellDir(cell.config["output_dir"], cell.cell_id).path / "checkpoints").generations("last")
     training = speed.training(cell.config, begun[0]["step"] if begun and not cell.config["rerun"] else 0)
     needs = tuple(n.train_id for n in cell.needs if isinstance(n, Cell))
-    return Job(cell.train_id, speed.start, training, speed.setup + speed.testing(cell.config), needs)
+    return Job(cell.train_id, speed.start + speed.once, training, speed.setup + speed.testing(cell.config), needs)
 
 
 def _run(cell: Cell, measured: Measured) -> dict[str, Any]:
@@ -162,7 +162,7 @@ def _total(work: Work, of_cell: dict[int, Measured], width: int, place: Path) ->
     found = course(jobs, needed, width, trained)
     alone = course(jobs, needed, 1, trained)
     costs = [(s, c.config) for c in (*counted, *work.needed) if (s := speeds.get(id(c))) is not None]
-    weights = [s.start + s.training(c) + s.setup + s.testing(c) for s, c in costs]
+    weights = [s.start + s.once + s.training(c) + s.setup + s.testing(c) for s, c in costs]
     cores = sum(w * s.cores for w, (s, _) in zip(weights, costs, strict=True)) / (sum(weights) or 1.0)
     memory = sorted((s.memory for s, _ in costs), reverse=True)
     gpu = [s.gpu for s, _ in costs if s.gpu is not None]

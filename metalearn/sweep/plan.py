@@ -84,7 +84,7 @@ def _group_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
             table.append((*counts, *["-"] * 5, took, "-", "-"))
             continue
         low, high = (roughly(s) for s in row["seconds"])
-        parts = [roughly(m["start"] + m["setup"]), *(roughly(m[k]) for k in ("step", "validation", "test"))]
+        parts = [roughly(m["start"] + m["once"] + m["setup"]), *(roughly(m[k]) for k in ("step", "validation", "test"))]
         memory = size(m["memory"]) + (f", GPU {size(m['gpu'])}" if m["gpu"] is not None else "")
         cell = low if low == high else f"{low} - {high}"
         table.append((*counts, *parts, cell, took, memory, size(row["disk"])))

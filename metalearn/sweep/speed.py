@@ -113,7 +113,8 @@ def _labels(configs: Sequence[Config]) -> list[str]:
 class Speed:
     """What was measured on one cell of a group: seconds of one of each part, and bytes.
 
-    start: from the command to the run's own work (imports, composing). setup: making data set and network, the files at
+    start: from the command to the run's own work (imports, composing). once: what the first run of a process takes
+    longer than later ones. setup: making data set and network, the files at
     the end. prepared: one task gone through before the first meta-step. step, validation, test: one meta-step, one
     validation episode, one test episode. cores: CPU time over wall time. memory, gpu: peak of all processes (gpu: None
     without one). checkpoint, line, row, kept, other: bytes of a checkpoint, of a line of the log, of a test episode in
@@ -121,6 +122,7 @@ class Speed:
     """
 
     start: float
+    once: float
     setup: float
     prepared: float
     step: float

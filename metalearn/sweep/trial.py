@@ -1,8 +1,8 @@
 """The process that measures how fast a cell is: `python -m metalearn.sweep.trial SPEC`, where SPEC is a file of JSON.
 
 It runs the cell shortened, again and again with more of every part, until its time is used up or the parts are all
-there. The last run that ended counts: libraries are loaded, kernels built and caches filled by then. Nothing is written
-outside the SPEC's folder.
+there. The last run that ended counts, with what the first took longer: a cell has a process of its own. Nothing is
+written outside the SPEC's folder.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def provide(cell: Cell, kept: dict[int, str]) -> None:
 
 
 def measure(cell: Cell, counts: Counts) -> tuple[dict[str, Any], Seconds]:
-    """Run a shortened cell; returns the fields of its `Speed` but `start`, and the seconds of its parts.
+    """Run a shortened cell; returns the fields of its `Speed` but `start` and `once`, and the seconds of its parts.
 
     Raises:
         RuntimeError: if it diverged.
@@ -231,7 +231,8 @@ def main(arguments: list[str]) -> None:
     spec = json.loads(Path(arguments[0]).read_text())
     place, config = Path(arguments[0]).parent, spec["config"]
     if spec["overrides"]:
-        expand(spec["overrides"], spec["config_dirs"])  # as the command does
+        for _ in range(2):  # as the command does, and then Hydra
+            expand(spec["overrides"], spec["config_dirs"])
     import metalearn.run  # noqa: F401  torch and all that
 
     start = time.time() - spec["began"]
@@ -245,7 +246,7 @@ def main(arguments: list[str]) -> None:
     (place / STARTED).touch()
     counts: Counts | None = least(config)
     kept: dict[int, str] = {}
-    end = None
+    end = slow = None
     while counts is not None:
         again = place / f"counts-{'-'.join(map(str, counts))}.json"
         write_json(again, spec | {"counts": list(counts)})
@@ -253,7 +254,9 @@ def main(arguments: list[str]) -> None:
         cell = cell_of(shortened(config, counts, place))
         provide(cell, kept)
         found, seconds = measure(cell, counts)
-        speed = Speed(start=start, **found["speed"])
+        slow = found["speed"]["setup"] if slow is None else slow
+        once = max(0.0, slow - found["speed"]["setup"])
+        speed = Speed(start=start, once=once, **found["speed"])
         write_json(place / "speed.json", found["about"] | {"device": _device(), "speed": dataclasses.asdict(speed)})
         end = end or time.monotonic() + spec["seconds"]  # the first run is slow, and not to be avoided
         counts = more(counts, seconds, config, end - time.monotonic())
