@@ -11,6 +11,7 @@ import tiny_cifar
 import tiny_omniglot
 import yaml
 
+import metalearn
 from metalearn.cells import Cell, expand, members
 from metalearn.paths import conf_dir
 from metalearn.results import matches, value
@@ -43,14 +44,17 @@ CELLS = {  # of one seed, and seeds
     "tsa/table5": (16, 3),
     "unravel/fig10b": (9, 2),
 }
+COMPOSED_SLOWLY = {"tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"}
+"""Of many members, or much like another."""
 NO_FILES = [  # an experiment that needs no data files, and how to make the algorithms in it tiny
-    ("gradagree/corrupted", ()),
+    pytest.param("gradagree/corrupted", (), marks=pytest.mark.slow),
     ("gradagree/fig1", ()),
+    pytest.param("own/alpha_glyphs", (), marks=pytest.mark.slow),
     ("own/alpha_sinusoid_agreement", ()),
     ("own/m_group_regression", ()),
     ("trlearner/fig10_sinusoid", ()),
     ("trlearner/table1", ("dataset=harmonic",)),
-    ("trlearner/table9", ()),
+    pytest.param("trlearner/table9", (), marks=pytest.mark.slow),
     ("tsa/fig3_group_regression", ("algorithm.pretrain_steps=1", "algorithm.tasks=9")),
     ("tsa/table1_group_regression", ("algorithm=reptile",)),
     ("unravel/fig10b", ()),
@@ -104,38 +108,32 @@ def test_every_experiment_is_counted_here():
     assert members("experiment") == sorted(CELLS)
 
 
-@pytest.mark.parametrize("experiment", CELLS)
+@pytest.mark.parametrize(
+    "experiment", [pytest.param(e, marks=[pytest.mark.slow] * (e in COMPOSED_SLOWLY)) for e in CELLS]
+)
 def test_an_experiment_composes_into_its_cells(experiment):
-    """As many as stated, all of which validate, and each key of its grid used by one of them at least."""
-    found = one_seed(experiment)
+    """As many as stated, valid, every value of the grid in one of them at least, and a comment with their command."""
+    found = one_seed(experiment)  # once for all that follows: composing takes long
     assert len({c.cell_id for c in found}) == len(found) == CELLS[experiment][0]
-    seeds = {tuple(block["seed"]) for block in grid_of(experiment)}
-    assert [len(s) for s in seeds] == [CELLS[experiment][1]]  # the same in all products
+    grid = grid_of(experiment)
+    assert {len(block["seed"]) for block in grid} == {CELLS[experiment][1]}
     used = {o.split("=")[0] for c in found for o in c.overrides}
-    assert {key for block in grid_of(experiment) for key in block} <= used
+    assert {key for block in grid for key in block} <= used
+    for key, wanted in ((k, v) for block in grid for k, vs in block.items() if k != "seed" for v in vs):
+        assert any(matches(c.config, {key: wanted}) for c in found), (key, wanted)
+    has_comment(experiment, needs_root="root" in found[0].config["dataset"])
 
 
-@pytest.mark.parametrize("experiment", CELLS)
-def test_every_value_of_a_grid_makes_a_cell(experiment):
-    """A value that no cell has would be a product that merged with another, or an axis that was dropped."""
-    found = one_seed(experiment)
-    for block in grid_of(experiment):
-        for key, wanted in block.items():
-            for one in wanted if key != "seed" else [0]:
-                assert any(matches(c.config, {key: one}) for c in found), (key, one)
-
-
-@pytest.mark.parametrize("experiment", CELLS)
-def test_an_experiments_comment_holds_its_command(experiment):
+def has_comment(experiment: str, *, needs_root: bool) -> None:
+    """A comment that says more than the command, which it ends with."""
     lines = file_of(experiment).read_text().splitlines()
     comment = " ".join(line for line in lines if line.startswith("# "))
     assert lines[0] == "# @package _global_" and max(map(len, lines)) <= 120
     assert re.search(rf"#   metalearn (-m )?experiment={experiment}( |$)", comment) and len(comment) > 200
-    needs_root = value(one_seed(experiment)[0].config, "dataset") in ("omniglot", "group_omniglot", "cifar_fs")
     assert needs_root == ("dataset.root=<" in comment)
 
 
-@pytest.mark.parametrize(("experiment", "tiny"), NO_FILES, ids=[e for e, _ in NO_FILES])
+@pytest.mark.parametrize(("experiment", "tiny"), NO_FILES)
 def test_an_experiment_that_needs_no_files_runs_two_steps(experiment, tiny, tmp_path):
     """One of its cells to a result, whatever else it asks for."""
     short = ["trainer.max_steps=2", "trainer.val_every=0", "trainer.test_episodes=6", "trainer.meta_batch_size=5"]
@@ -143,7 +141,8 @@ def test_an_experiment_that_needs_no_files_runs_two_steps(experiment, tiny, tmp_
     cell = expand([f"experiment={experiment}", "seed=0", *tiny, *short, *quiet])[0]
     assert run(cell) == "done"
     found = runs.result(tmp_path, cell)
-    assert found["steps"] == 2 and found["metrics"]["mse"]["n"] == 6
+    metric = "mse" if "mse" in found["metrics"] else "accuracy"
+    assert found["steps"] == 2 and found["metrics"][metric]["n"] == 6
 
 
 @pytest.mark.slow
@@ -190,9 +189,10 @@ def test_what_two_experiments_have_in_common_is_trained_once(places):
 def published() -> dict[tuple[str, str], list[dict]]:
     """All printed numbers, by file and table."""
     found: dict[tuple[str, str], list[dict]] = {}
-    for path in sorted(Path(conf_dir(), "..", "metalearn", "published").glob("*.csv")):
-        for row in csv.DictReader(path.open(newline="")):
-            found.setdefault((path.name, row["table"]), []).append(row)
+    for path in sorted(Path(metalearn.__file__).with_name("published").glob("*.csv")):
+        with path.open(newline="") as lines:
+            for row in csv.DictReader(lines):
+                found.setdefault((path.name, row["table"]), []).append(row)
     return found
 
 
