@@ -254,7 +254,7 @@ def test_one_of_each_kind_is_measured_and_remembered(tmp_path, capsys, measured)
 def test_first_use_of_data_is_measured_again(tmp_path, capsys, measured):
     speeds = [dataclasses.replace(SPEED, once=60.0), SPEED]
     measured.answer = lambda cell: Measured(s := speeds.pop(0), None, about() | {"speed": dataclasses.asdict(s)})
-    found = planned(capsys, *SINE, f"output_dir={tmp_path}")
+    found = planned(capsys, *SINE, "trainer.max_steps=100", f"output_dir={tmp_path}")
     assert found["groups"][0]["measured"]["once"] == 1.0 and not speeds
 
 

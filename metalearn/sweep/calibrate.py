@@ -94,7 +94,8 @@ class Book:
             return Measured(None, "not measured yet (--no-calibrate)")
         say(group.label)
         measured = measure(group.cells[0], self.config_dirs, self.seconds)
-        if measured.speed is not None and measured.speed.once > FIRST_USE_SECONDS:  # caches were filled
+        again = measured.speed is not None and measured.speed.once > FIRST_USE_SECONDS  # caches were filled
+        if again and not group.signature["compiled"]:
             measured = measure(group.cells[0], self.config_dirs, self.seconds)
         if measured.speed is not None:
             own = {
