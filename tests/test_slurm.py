@@ -45,10 +45,10 @@ def shell(*words: str) -> str:
     return done.stdout
 
 
-def metalearn(output: Path, *words: str) -> str:
-    """A verb of the command line on the sweep under `output`."""
-    verb = [*command(output)[:3], *words, *TINY, f"output_dir={output}", *LONG]
-    say("$ metalearn " + " ".join(words) + " ...")
+def metalearn(output: Path, action: str, *words: str) -> str:
+    """An action on the sweep under `output`."""
+    verb = [*command(output)[:3], "sweep", action, *TINY, f"output_dir={output}", *LONG, *words]
+    say(f"$ metalearn sweep {action} ... " + " ".join(words))
     done = subprocess.run(verb, capture_output=True, text=True, timeout=200)
     for line in (done.stdout + done.stderr).replace(str(output), "<outputs>").splitlines():
         say("  " + line)
@@ -96,9 +96,9 @@ def undisturbed(tmp_path_factory) -> Path:
 
 def test_an_array_preempted_twice_and_killed_once_equals_the_local_sweep(tmp_path, undisturbed):
     cells = sweep(tmp_path, "0,1,2,3,4,5")
-    assert "submitted: 6 cells in 6 jobs" in metalearn(tmp_path, "sweep", "run", *QUEUE, "seed=0,1,2,3,4,5")
+    assert "submitted: 6 cells in 6 jobs" in metalearn(tmp_path, "run", *QUEUE, "seed=0,1,2,3,4,5")
     jobs = [s.job for s in standings(cells)]
-    assert "submitted: 0 cells" in metalearn(tmp_path, "sweep", "run", *QUEUE, "seed=0,1,2,3,4,5")  # all are in hand
+    assert "submitted: 0 cells" in metalearn(tmp_path, "run", *QUEUE, "seed=0,1,2,3,4,5")  # all are in hand
 
     pid = until(lambda: running(tmp_path, cells[1], 1), "cell 1 is training")["pid"]
     shell("kill", "-9", str(pid))
@@ -110,9 +110,9 @@ def test_an_array_preempted_twice_and_killed_once_equals_the_local_sweep(tmp_pat
         again = f"cell 0 was started again ({attempt})"
         until(lambda n=attempt: status(tmp_path, cells[0]).get("attempt", 0) > n, again)
     until(lambda: standings([cells[1]])[0].state == "killed", "cell 1 is noticed to be killed", 200)
-    assert "submitted: 1 cells" in metalearn(tmp_path, "sweep", "repair", *QUEUE, "seed=0,1,2,3,4,5")
+    assert "submitted: 1 cells" in metalearn(tmp_path, "repair", *QUEUE, "seed=0,1,2,3,4,5")
     until(lambda: all(s.finished for s in standings(cells)), "all cells have a result", 400)
-    metalearn(tmp_path, "sweep", "status", "seed=0,1,2,3,4,5")
+    metalearn(tmp_path, "status", "seed=0,1,2,3,4,5")
 
     for cell in cells:
         assert_twins(undisturbed, tmp_path, cell)
@@ -122,13 +122,13 @@ def test_an_array_preempted_twice_and_killed_once_equals_the_local_sweep(tmp_pat
     say(f"attempts of the six cells: {attempts}; parameters, optimizer state, episodes: the bits of the local sweep")
     assert attempts == [3, 2, 1, 1, 1, 1]
     before = {c.cell_id: (folder(tmp_path, c) / "result.json").stat().st_mtime_ns for c in cells}
-    assert "submitted: 0 cells" in metalearn(tmp_path, "sweep", "run", *QUEUE, "seed=0,1,2,3,4,5")
+    assert "submitted: 0 cells" in metalearn(tmp_path, "run", *QUEUE, "seed=0,1,2,3,4,5")
     assert before == {c.cell_id: (folder(tmp_path, c) / "result.json").stat().st_mtime_ns for c in cells}
 
 
 def test_real_preemption_by_a_partition_of_higher_priority(tmp_path, undisturbed):
     (cell,) = sweep(tmp_path, "0")
-    metalearn(tmp_path, "sweep", "run", *QUEUE, "hydra.launcher.partition=main", "seed=0")
+    metalearn(tmp_path, "run", *QUEUE, "hydra.launcher.partition=main", "seed=0")
     until(lambda: running(tmp_path, cell, 1, 100), "the cell is training in partition main")
     cpus = shell("sinfo", "-h", "-p", "urgent", "-o", "%c").strip()
     urgent = shell("sbatch", "--parsable", "-p", "urgent", "-n", cpus, "-o", "/dev/null", "--wrap", "sleep 5").strip()
@@ -178,7 +178,7 @@ def test_the_ranks_of_one_cell_come_from_slurm(tmp_path):
     here, twin = tmp_path / "here", tmp_path / "twin"
     two = ("trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=1000", "seed=0")
     (cell,) = expand([*TINY, f"output_dir={here}", *LONG, *two])
-    metalearn(here, "sweep", "run", *QUEUE, *two)
+    metalearn(here, "run", *QUEUE, *two)
     until(lambda: running(here, cell, 1, 100), "the cell is training")
     shell("timeout", "3", "scancel", "--signal=USR2", standings([cell])[0].job)
     until(lambda: status(here, cell).get("attempt") == 2, "it was started again")
