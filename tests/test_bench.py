@@ -258,6 +258,7 @@ def workers():
         worker.end()
 
 
+@pytest.mark.slow
 def test_our_worker_answers(workers, tmp_path):
     np.savez(tmp_path / "a.npz", **make_arrays(TINY))
     worker = workers(OURS)
@@ -276,6 +277,7 @@ def test_our_worker_answers(workers, tmp_path):
     assert worker.open(TINY.as_dict(), tmp_path / "a.npz", "cpu")["loss"] > 0  # an error ends the workload alone
 
 
+@pytest.mark.slow
 def test_a_peer_that_is_not_built_stands_in_the_table(monkeypatch, tmp_path):
     """Its error is recorded, the others are measured, and a second call measures nothing again."""
     monkeypatch.setitem(WORKLOADS, "W1", TINY)

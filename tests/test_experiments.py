@@ -44,7 +44,10 @@ CELLS = {  # of one seed, and seeds
     "tsa/table5": (16, 3),
     "unravel/fig10b": (9, 2),
 }
-COMPOSED_SLOWLY = {"tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"}
+COMPOSED_SLOWLY = {
+    *("tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"),
+    *("trlearner/table1", "trlearner/table6"),
+}
 """Of many members, or much like another."""
 NO_FILES = [  # an experiment that needs no data files, and how to make the algorithms in it tiny
     pytest.param("gradagree/corrupted", (), marks=pytest.mark.slow),

@@ -596,6 +596,7 @@ def test_a_factory_is_required():
         cell("backbone=module")
 
 
+@pytest.mark.slow
 def test_a_run_of_a_users_module(package, tmp_path):
     """From the command line, on the plain path."""
     steps = ("trainer.max_steps=3", "trainer.val_every=0", "algorithm=anil")
@@ -608,6 +609,7 @@ def test_a_run_of_a_users_module(package, tmp_path):
     assert result["config"]["backbone"]["arguments"] == {"width": 6} and result["metrics"]["mse"]["n"] == 9
 
 
+@pytest.mark.slow
 def test_a_refused_module_ends_with_exit_code_2(package, tmp_path):
     given = "backbone.factory=my_package.nets:make_string"
     ended = runs.console(tmp_path, "backbone=module", given, cwd=package.parent)
