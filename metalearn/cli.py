@@ -63,6 +63,7 @@ def _set_up() -> None:
     launchers.register()
     warnings.formatwarning = lambda message, category, *_: f"metalearn: {category.__name__}: {message}\n"
     warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)  # Lightning's own
+    warnings.filterwarnings("ignore", message="The `srun` command is available.*")  # a sweep on a login node is fine
 
 
 def work(commands: Sequence[Sequence[str]], flags: Sequence[str]) -> int:

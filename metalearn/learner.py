@@ -186,8 +186,9 @@ class MetaLearner(pl.LightningModule, ABC):
 
         Raises:
             BadInput: if it does not fit.
+            TypeError: for an algorithm whose schema needs no other run; those that do override this.
         """
-        raise NotImplementedError(f"{type(self).__name__} starts from no other run")
+        raise TypeError(f"{type(self).__name__} starts from no other run")
 
     def phases(self, data: Episodes) -> Sequence[Phase]:
         """What a run does before its first meta-step, and does not repeat when it is killed; default: nothing."""

@@ -75,6 +75,10 @@ class Result(NamedTuple):
             return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
         return pd.read_parquet(path)
 
+    def values(self, *, bn: str | None = None, step: int | None = None, group: str | None = None) -> np.ndarray:
+        """The metric of each episode, float64 in their order (see `episodes`); empty if the run diverged."""
+        return np.empty(0) if self.diverged else self.episodes(bn=bn, step=step, group=group)["value"].to_numpy("f8")
+
     def log(self) -> pd.DataFrame:
         """`metrics.jsonl`: one row a logged meta-step, the latest attempt's; empty if there is no such file."""
         path = self.folder / "metrics.jsonl"
@@ -200,8 +204,3 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
             where["step"] = int(q.get("step", r.data["protocol"]["test_steps"]))
             rows.append({**about, "metric": name.partition("@")[0], **where, **m})
     return pd.DataFrame(rows)
-
-
-def paired_values(results: Iterable[Result], **where: Any) -> dict[int, np.ndarray]:
-    """Per-episode values by seed, float64 in the order of the episodes; see `Result.episodes` for `where`."""
-    return {r.data["seed"]: r.episodes(**where)["value"].to_numpy("f8") for r in results if not r.diverged}

@@ -33,7 +33,7 @@ def load(folder: Path) -> dict[str, dict[int, Result]]:
 
 def values(runs: Runs, bn: str, group: str | None) -> dict[int, np.ndarray]:
     """The per-episode metric of one mode by seed, diverged runs and those without the mode left out."""
-    every = {s: r.episodes(bn=bn, group=group)["value"].to_numpy("f8") for s, r in runs.items() if not r.diverged}
+    every = {s: r.values(bn=bn, group=group) for s, r in runs.items()}
     return {s: v for s, v in every.items() if len(v)}
 
 

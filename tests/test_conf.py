@@ -9,9 +9,8 @@ from pathlib import Path
 
 import own_data
 import pytest
-import tiny_cifar
-import tiny_omniglot
 import yaml
+from small_data import small_files
 
 from metalearn import cells
 from metalearn.cells import expand, members
@@ -31,16 +30,9 @@ TYPES = [(group, schema) for group, found in MEMBERS.items() for schema in found
 def places(tmp_path_factory):
     """What else the data sets that read files need: small ones, that pass for the published until pictures are read."""
     folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_omniglot.pretend(patch)
-        tiny_cifar.pretend(patch)
-        cifar = [f"dataset.root={tiny_cifar.pack(folder / 'cifar', 'FC100.zip')}", "dataset.checksum=off"]
-        omniglot = [f"dataset.root={tiny_omniglot.archives(folder / 'omniglot')}", "dataset.checksum=off"]
+    with small_files(folder) as roots:
         yield {
-            "omniglot": omniglot,
-            "group_omniglot": omniglot,
-            "cifar_fs": cifar,
-            "fc100": cifar,
+            **{name: [f"dataset.root={root}", "dataset.checksum=off"] for name, root in roots.items()},
             "folder": [f"dataset.root={own_data.pictures(folder / 'pictures', classes=30, count=20, side=8)}"],
             "arrays": [f"dataset.root={own_data.classes(folder / 'x.npz', classes=30, count=20, shape=(3, 16, 12))}"],
             "torchmeta_regression": ["dataset.factory=test_torchmeta:lines", "dataset.shot=1", "dataset.queries=2"],

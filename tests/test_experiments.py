@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import runs
-import tiny_cifar
-import tiny_omniglot
 import yaml
+from small_data import small_files
 
 import metalearn
 from metalearn.cells import Cell, expand, members
@@ -94,14 +93,8 @@ def grid_of(experiment: str) -> list[dict]:
 @pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Small files that pass for the published ones until pictures are read."""
-    folder = tmp_path_factory.mktemp("data")
-    with pytest.MonkeyPatch.context() as patch:
-        tiny_omniglot.pretend(patch)
-        tiny_cifar.pretend(patch)
-        patch.setenv("METALEARN_CACHE", str(folder / "cache"))
-        cifar = tiny_cifar.pack(folder / "cifar", "FC100.zip")
-        omniglot = tiny_omniglot.archives(folder / "omniglot")
-        yield {"omniglot": omniglot, "group_omniglot": omniglot, "cifar_fs": cifar}
+    with small_files(tmp_path_factory.mktemp("data")) as roots:
+        yield roots
 
 
 # ---- experiments -------------------------------------------------------------------------------------------------

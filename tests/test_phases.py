@@ -12,7 +12,7 @@ from metalearn.cells import expand
 from metalearn.ledger import CellDir, Checkpoints, write_json
 from metalearn.phases import Phase, forget, products
 from metalearn.prerequisites import NoStart
-from metalearn.run import run
+from metalearn.run import build, build_learner, run
 from metalearn.schema import BadInput
 
 pytestmark = pytest.mark.usefixtures("compose_once")
@@ -326,3 +326,9 @@ def test_what_cannot_be_is_refused(tmp_path, override, message):
 def test_errors_of_this_module_are_divergence():
     """So that a cell records them as its result."""
     assert issubclass(NoStart, prerequisites.Diverged)
+
+
+def test_an_algorithm_that_needs_no_run_inherits_none(tmp_path):
+    config = cell_of(tmp_path).config
+    with pytest.raises(TypeError, match="MAML starts from no other run"):
+        build_learner(config, build("dataset", config["dataset"])).inherit([{}])

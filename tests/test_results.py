@@ -5,7 +5,7 @@ import json
 import pandas as pd
 import pytest
 
-from metalearn.results import differing, find, frame, idle, matches, paired_values, value
+from metalearn.results import differing, find, frame, idle, matches, value
 from metalearn.schema import BadInput
 
 CONFIG = {
@@ -47,13 +47,15 @@ def test_metric_and_episodes_are_those_of_the_mode(tmp_path):
     assert r.metric("mse") is None
     assert r.episodes()[["episode", "step", "bn"]].to_numpy().tolist() == [[0, 2, "batch"], [1, 2, "batch"]]
     assert len(r.episodes(step=1, bn="support_plus_one")) == 2
+    assert r.values().tolist() == r.episodes()["value"].tolist() == [0.0, 0.1]
 
 
 def test_diverged_runs_are_rows_without_values(tmp_path):
     write(tmp_path / "a", status="diverged", metrics={})
     table = frame(find(tmp_path))
     assert table["status"].tolist() == ["diverged"] and "mean" not in table
-    assert paired_values(find(tmp_path)) == {}
+    (r,) = find(tmp_path)
+    assert len(r.values()) == 0 < len(r.episodes())
 
 
 def test_values_are_compared_as_written_on_the_command_line():

@@ -83,7 +83,7 @@ def scores(results: Sequence[Result]) -> dict[str, dict[int, np.ndarray]]:
     """Headline scores of finished runs, by method and seed; those that diverged or left no episodes do not count."""
     found: dict[str, dict[int, np.ndarray]] = {}
     for result in results:
-        values = np.empty(0) if result.diverged else result.episodes()["value"].to_numpy("f8")
+        values = result.values()
         if len(values) >= LEAST and np.isfinite(values).all():
             found.setdefault(method(result.config), {})[result.data["seed"]] = values
     return found
