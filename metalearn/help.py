@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from metalearn.cells import members
 from metalearn.schema import GROUPS, MEMBERS, BadInput, fields_of, nearest
 from metalearn.schema.groups import Run
-from metalearn.schema.keys import Field, _type_name
+from metalearn.schema.keys import Field
 from metalearn.schema.registry import SINGLE
 
 INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episodes, keep the result.
@@ -57,7 +57,6 @@ def _group(group: str) -> str:
 def _keys(prefix: str, fields: dict[str, Field]) -> list[str]:
     lines = []
     for name, field in fields.items():
-        bound = f", {field.key.bound()}" if field.key.bound() else ""
         default = "required" if field.key.required else f"default {'null' if field.default is None else field.default}"
-        lines.append(f"  {prefix}{name:<24} {field.key.doc}\n      {_type_name(field.type)}{bound}; {default}")
+        lines.append(f"  {prefix}{name:<24} {field.key.doc}\n      {field.expected()}; {default}")
     return lines

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from metalearn import selection
 from metalearn.options import Parser
 from metalearn.record import number
-from metalearn.results import Result, find, flat, value
+from metalearn.results import Result, by_size, find, flat, value
 from metalearn.schema import BadInput, nearest
 from metalearn.schema.keys import show
 from metalearn.tables.document import Grid
@@ -109,6 +109,8 @@ def _row(r: Result, metric: str | None, keys: Sequence[str]) -> dict[str, Any]:
 def ordered(listed: Listed, column: str, reverse: bool = False) -> Listed:
     """The list by the values of a column, the smallest (reverse: the largest) first; rows without a value come last.
 
+    Numbers come before words (`algorithm.alpha` may be one).
+
     Raises:
         BadInput: if there is no such column.
     """
@@ -116,8 +118,7 @@ def ordered(listed: Listed, column: str, reverse: bool = False) -> Listed:
         near = nearest(column, listed.columns)
         raise BadInput(f"--sort {column}: must be one of {', '.join(listed.columns)}{near}")
     there = [r for r in listed.rows if r[column] is not None]
-    numbers = all(isinstance(r[column], int | float) for r in there)
-    there.sort(key=lambda r: r[column] if numbers else show(r[column]), reverse=reverse)
+    there.sort(key=lambda r: by_size(r[column]), reverse=reverse)
     return Listed(listed.columns, [*there, *(r for r in listed.rows if r[column] is None)])
 
 

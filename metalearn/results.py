@@ -160,6 +160,18 @@ def same(one: Any, other: Any) -> bool:
         return False
 
 
+def is_number(value: Any) -> bool:
+    """Whether a key's value is a number; a switch is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def by_size(value: Any) -> tuple[int, float, str]:
+    """A key that sorts the values of a key: nothing, numbers by size, then words in alphabetical order."""
+    if value is None:
+        return (0, 0.0, "")
+    return (1, value, "") if is_number(value) else (2, 0.0, show(value))
+
+
 class Configured(Protocol):
     """Whatever has a configuration."""
 

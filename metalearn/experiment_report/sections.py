@@ -131,7 +131,7 @@ def _estimate(done: Sequence[Result], name: str) -> str:
 def figures(entries: Sequence[Entry], title: str) -> list[Piece]:
     """The score over each numeric key that was swept; over names, if no numeric key was."""
     keys = dimensions(entries)
-    numeric = [k for k in keys if any(axes.is_number(results.value(e.config, k)) for e in entries)]
+    numeric = [k for k in keys if any(results.is_number(results.value(e.config, k)) for e in entries)]
     pieces = [_figure(entries, x, [k for k in keys if k != x], title) for x in numeric or keys[:1]]
     return pieces or [tag("p", "Nothing varies besides the seed.")]
 

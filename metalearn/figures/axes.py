@@ -46,15 +46,11 @@ def y_title(metric: str, unit: str, split: str) -> str:
     return f"{split} {name}" + (f" ({sign})" if sign else "")
 
 
-def is_number(value: Any) -> bool:
-    """Whether a key's value has a place on an axis."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def swept(entries: Sequence[Entry], within: Iterable[str] = ("algorithm",)) -> list[str]:
     """Numeric keys that vary besides the seed, for equal values of the keys `within`.
 
-    Keys that the cells' overrides set come alone, if any of them varies: others only follow these.
+    A key with a word among its numbers (`algorithm.alpha=0.1,online`) is one, too. Keys that the cells' overrides set
+    come alone, if any of them varies: others only follow these.
     """
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for entry in entries:
@@ -62,8 +58,8 @@ def swept(entries: Sequence[Entry], within: Iterable[str] = ("algorithm",)) -> l
     found: dict[str, None] = {}
     for configs in groups.values():
         for key in dict.fromkeys(k for c in configs for k in c):
-            values = {c[key] for c in configs if is_number(c.get(key))}
-            if len(values) > 1 and key != "seed" and not results.idle(key):
+            values = {c[key] for c in configs if isinstance(c.get(key), int | float | str)}
+            if len(values) > 1 and any(map(results.is_number, values)) and key != "seed" and not results.idle(key):
                 found[key] = None
     named = {o.partition("=")[0] for e in entries for o in e.overrides}
     return [k for k in found if k in named] or list(found)

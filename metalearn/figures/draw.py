@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from metalearn import results
 from metalearn.figures import axes, series
 from metalearn.figures.series import Mark, Plot, Point
 from metalearn.schema.keys import show
@@ -143,7 +144,8 @@ class _Drawing:
         self.plot = plot
         self.styles = styles(plot.hues)
         self.factor = axes.SCALES.get(plot.unit, 1.0)
-        self.words = list(dict.fromkeys(series.text(p.place.x) for p in plot.points if p.place.x is not None))
+        values = {p.place.x for p in plot.points if p.place.x is not None}
+        self.words = [series.text(x) for x in sorted(values, key=results.by_size)]
         self.by_word = any(isinstance(p.place.x, str) for p in plot.points)
         self.xs = sorted({self.x(p) for p in plot.points if p.place.x is not None})
         self.shown = [*self.xs, *(m.value for m in plot.marks)]

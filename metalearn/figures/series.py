@@ -206,7 +206,7 @@ class _Maker:
             bn=self.modes,
             split=split,
             points=points,
-            marks=[*self._alpha_stars(), *self._given_marks(points)],
+            marks=[*([] if _has_words(points) else self._alpha_stars()), *self._given_marks(points)],
             notes=self._notes(points),
             absent=self.absent,
         )
@@ -220,7 +220,7 @@ class _Maker:
             hue = f"{hue} (bn={mode})" if hue else f"bn={mode}"
         value: Any = results.value(config, self.x) if self.over_keys else x
         if value is not None:
-            value = float(value) if axes.is_number(value) else show(value)
+            value = float(value) if results.is_number(value) else show(value)
         return Place(panel, hue, value)
 
     def _end(self, result: Result) -> Place:
@@ -296,7 +296,7 @@ class _Maker:
         rules = {r.data["protocol"]["selection"].get("by") for r in self.done}
         words = str(next(iter(rules))).split() if len(rules) == 1 else []
         score = next((w for w in words[1:2] if w in HIGHER_IS_BETTER), None)
-        if score is None or any(isinstance(p.place.x, str) for p in points):
+        if score is None or _has_words(points):
             return points
         sign = 1 if HIGHER_IS_BETTER[score] else -1
         best: set[Place] = set()
@@ -317,7 +317,7 @@ class _Maker:
         return [Mark("$\\alpha^*$", sum(vs) / len(vs), hue, panel) for (panel, hue), vs in found.items()]
 
     def _given_marks(self, points: list[Point]) -> list[Mark]:
-        if self.request.marks and any(isinstance(p.place.x, str) for p in points):
+        if self.request.marks and _has_words(points):
             raise BadInput(f"figure: --mark: {self.x} has values that are no numbers, so nothing can be marked")
         hues = {p.place.hue for p in points}
         return [m._replace(hue=m.name if m.name in hues else None) for m in self.request.marks]
@@ -343,6 +343,9 @@ class _Maker:
             notes.append(f"Horizontal: runs without {self.x}.")
         if any(p.diverged for p in points):
             notes.append("Crosses: diverged runs, of all at this point; means are over the others.")
+        if _has_words(points) and (stars := self._alpha_stars()):
+            values = ", ".join(f"{m.value:.3g}" for m in stars)
+            notes.append(f"alpha* ({values}) has no place on an axis with words.")
         ids = {r.data["protocol"].get("episodes_id") for r in self.done}
         if self.x != axes.META_STEP and len(ids) > 1:
             notes.append("Test episodes differ between points.")
@@ -436,10 +439,14 @@ def _interval_notes(points: Sequence[Point]) -> list[str]:
     return notes + ([f"Where there is one seed: 95 % interval over tasks (n = {tasks} tasks)."] if tasks else [])
 
 
+def _has_words(points: Sequence[Point]) -> bool:
+    """Whether x has no scale, because some of its values are no numbers."""
+    return any(isinstance(p.place.x, str) for p in points)
+
+
 def _order(place: Place) -> tuple[Any, ...]:
     """By panel and hue (numbers by size), then x: none, numbers, words."""
-    x = place.x
-    return (*map(natural, place[:2]), (0, 0.0, "") if x is None else (2, 0.0, x) if isinstance(x, str) else (1, x, ""))
+    return (*map(natural, place[:2]), results.by_size(place.x))
 
 
 def natural(text: str) -> tuple[int, float, str]:

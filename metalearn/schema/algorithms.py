@@ -9,8 +9,16 @@ from metalearn.schema.keys import fields_of, key, show
 
 Config = dict[str, Any]
 STEPS = frozenset({"inner_steps", "test_steps", "inner_loss_reduction"})  # of no use where nothing is descended
+ALPHA_WORDS = ("auto", "online")
+"""How an inner learning rate may be given besides by a number: estimated once before training, or at every meta-step.
+`Algorithm.alpha_words` says which of them an algorithm takes."""
 SIZES = {"3x_single": 3, "3x_tsa": 9}
 """How many times as many parameters a larger network has: the paper's "3x larger than TSA-MAML" has two readings."""
+
+
+def rate(default: float, doc: str, **bounds: float) -> Any:
+    """A field for an inner learning rate: a number, or one of `ALPHA_WORDS`."""
+    return key(default, doc, words=ALPHA_WORDS, **bounds)
 
 
 @dataclass
@@ -25,6 +33,8 @@ class Algorithm:
     """Arguments of the class that it has no use for, and that have no key."""
     displaces: ClassVar[bool] = False
     """Whether a task's adapted parameters are parameters of the network (what `outer_vector=displacement` needs)."""
+    alpha_words: ClassVar[frozenset[str]] = frozenset()
+    """Those of `ALPHA_WORDS` that `alpha` may be."""
     prepares: ClassVar[str | None] = None
     """The key that counts training tasks which are gone through before the first meta-step, if there are any."""
 
@@ -60,6 +70,9 @@ class Algorithm:
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         """Combinations of keys that cannot be."""
+        if (word := algorithm.get("alpha")) in ALPHA_WORDS and word not in cls.alpha_words:
+            words = "".join(f" or {w}" for w in ALPHA_WORDS if w in cls.alpha_words)
+            yield f"algorithm.alpha={word}: must be a number{words} with algorithm={algorithm['name']}"
         if algorithm["outer"] == "mean":
             for name in ("outer_vector", "outer_clip", "outer_drop"):
                 if algorithm[name] != fields_of(cls)[name].default:
@@ -97,7 +110,7 @@ class Steps(Algorithm):
 class InnerLoop(Steps):
     """Algorithms that adapt by gradient steps of a given size."""
 
-    alpha: float = key(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
+    alpha: float | str = rate(0.4, "inner learning rate, for the loss that inner_loss_reduction defines", ge=0)
 
 
 @dataclass
@@ -161,7 +174,9 @@ class IMAML(InnerLoop):
 
     target: ClassVar[str] = "metalearn.algorithms.IMAML"
 
-    alpha: float = key(0.1, "step size of the inner solver, for the loss that inner_loss_reduction defines", ge=0)
+    alpha: float | str = rate(
+        0.1, "step size of the inner solver, for the loss that inner_loss_reduction defines", ge=0
+    )
     inner_steps: int = key(16, "steps of the inner solver in training", ge=0)
     test_steps: int = key(16, "steps of the inner solver in validation and test", ge=0)
     lam: float = key(2.0, "weight lambda of the proximal term lambda/2 |phi - theta|^2", gt=0)
@@ -181,10 +196,11 @@ class IMAML(InnerLoop):
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         yield from super().problems(algorithm, run)
         yield from _adapts_nothing(algorithm, run)
+        alpha = algorithm["alpha"]
         for name in ("lam", "test_lam"):
-            if algorithm["alpha"] * (algorithm[name] or 0) >= 2:
+            if isinstance(alpha, float) and alpha * (algorithm[name] or 0) >= 2:
                 bound = f"2 / algorithm.{name} = {2 / algorithm[name]:g}"
-                yield f"algorithm.alpha={algorithm['alpha']}: must be < {bound}, or the proximal term alone diverges"
+                yield f"algorithm.alpha={alpha}: must be < {bound}, or the proximal term alone diverges"
 
 
 def _wrong_reduction(algorithm: Config, run: Config) -> Iterator[str]:
@@ -226,7 +242,7 @@ class ERM(Algorithm):
         "initial weights of a new task's head (form=global): zero, or drawn for each task",
         choices=("zero", "drawn"),
     )
-    alpha: float = key(0.4, "learning rate of fine-tuning, for the loss that inner_loss_reduction defines", ge=0)
+    alpha: float | str = rate(0.4, "learning rate of fine-tuning, for the loss that inner_loss_reduction defines", ge=0)
     test_steps: int = key(3, "steps of fine-tuning in validation and test", ge=0)
     inner_loss_reduction: str = key(
         "mean",
@@ -263,7 +279,7 @@ class MetaSGD(MAML):
 
     target: ClassVar[str] = "metalearn.algorithms.MetaSGD"
 
-    alpha: float = key(0.1, "initial inner learning rate of every parameter (rate_init=constant)", ge=0)
+    alpha: float | str = rate(0.1, "initial inner learning rate of every parameter (rate_init=constant)", ge=0)
     test_steps: int = key(1, "inner steps in validation and test; rates are learned for as many as in training", ge=0)
     rate_init: str = key(
         "constant", "initial rates: alpha, or draws from U(0.005, 0.1)", choices=("constant", "uniform")
@@ -421,7 +437,7 @@ class Reptile(InnerLoop):
 
     target: ClassVar[str] = "metalearn.algorithms.Reptile"
 
-    alpha: float = key(0.001, "learning rate of the inner optimizer", gt=0)
+    alpha: float | str = rate(0.001, "learning rate of the inner optimizer", gt=0)
     inner_steps: int = key(5, "inner steps in training", ge=1)
     test_steps: int = key(50, "inner steps in validation and test", ge=0)
     inner_optimizer: str = key("adam", "inner optimizer; adam has beta1 = 0, beta2 = 0.999", choices=("adam", "sgd"))

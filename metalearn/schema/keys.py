@@ -28,6 +28,7 @@ class Key:
         first_touches: what the first item of a list touches, where that differs.
         required: no default; must be given.
         sections: the group whose members' sections a mapping holds, by names that the user gives.
+        words: texts that are allowed in place of a number, as `auto`.
     """
 
     doc: str
@@ -41,6 +42,7 @@ class Key:
     first_touches: Touches | None = None
     required: bool = False
     sections: str | None = None
+    words: tuple[str, ...] = ()
 
     def bound(self) -> str:
         """The allowed range in words."""
@@ -75,20 +77,31 @@ class Field:
         """
         if self.lacks(value):
             raise BadInput(f"{path} is required: {self.key.doc}")
+        if isinstance(value, str) and value in self.key.words:
+            return value
         given = f"{path}={show(value)}"
         try:
             value = _convert(value, self.type)
         except (TypeError, ValueError, OverflowError):
-            bound = f" ({self.key.bound()})" if self.key.bound() else ""
-            raise BadInput(f"{given}: must be {_type_name(self.type)}{bound}") from None
+            hint = nearest(str(value), self.key.words)
+            raise BadInput(f"{given}: must be {self.expected()}{hint}") from None
         items = value if isinstance(value, list) else [value]
         if self.key.length is not None and len(items) != self.key.length:
             raise BadInput(f"{given}: must have {self.key.length} values")
         for item in items:
             if item is not None and not self._inside(item):
                 hint = nearest(str(item), [str(c) for c in self.key.choices]) if self.key.choices else ""
-                raise BadInput(f"{given}: must be {self.key.bound()}{hint}")
+                raise BadInput(f"{given}: must be {self._or_words(self.key.bound())}{hint}")
         return value
+
+    def expected(self) -> str:
+        """The type, the range, and the words that may stand for a number: `a finite number (>= 0), auto or online`."""
+        bound = f" ({self.key.bound()})" if self.key.bound() else ""
+        return self._or_words(_type_name(_number(self.type) if self.key.words else self.type) + bound)
+
+    def _or_words(self, text: str) -> str:
+        *first, last = (text, *self.key.words)
+        return f"{', '.join(first)} or {last}" if first else last
 
     def lacks(self, value: Any) -> bool:
         """Whether the key has to be given and is not."""
@@ -125,7 +138,7 @@ def _convert(value: Any, kind: Any) -> Any:
             if type(None) in kind.__args__:
                 return None
             raise TypeError
-        return _convert(value, next(k for k in kind.__args__ if k is not type(None)))
+        return _convert(value, _number(kind))
     if typing.get_origin(kind) is list:
         if not isinstance(value, list | tuple):
             raise TypeError
@@ -141,6 +154,11 @@ def _convert(value: Any, kind: Any) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError
     return value
+
+
+def _number(kind: Any) -> Any:
+    """The type of a union that values are converted to: the first, besides that of null."""
+    return next(k for k in kind.__args__ if k is not type(None))
 
 
 def _type_name(kind: Any) -> str:
