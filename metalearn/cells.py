@@ -22,13 +22,28 @@ from omegaconf.errors import OmegaConfBaseException
 
 from metalearn.ledger import given_checkpoint
 from metalearn.paths import conf_dir
-from metalearn.schema import GROUPS, MEMBERS, BadInput, Key, fields_of, member_of, nearest, register, sections, validate
+from metalearn.schema import (
+    GROUPS,
+    MEMBERS,
+    BadInput,
+    Key,
+    fields_of,
+    groups_of,
+    is_study,
+    member_of,
+    nearest,
+    register,
+    sections,
+    validate,
+)
 from metalearn.schema.groups import Run
 from metalearn.schema.registry import SINGLE
 
 Config = dict[str, Any]
-OPTIONAL = ("experiment", "dataset_algorithm")
-CHOICES = (*GROUPS, *OPTIONAL)
+OPTIONAL = ("study", "experiment", "dataset_algorithm")
+CHOICES = tuple(dict.fromkeys((*GROUPS, *OPTIONAL)))
+OF_EXPERIMENT = ("grid", "sizes", "shows")
+"""What an experiment's file says besides groups and keys."""
 MOST_VALUES = 10_000
 
 
@@ -69,7 +84,8 @@ def expand(
     """All cells that a command line means, in order, without repetition.
 
     Choice sweeps (`a=1,2`) multiply. An experiment's `grid` (a list of products) multiplies too; the command line
-    narrows it to the values that it names, or puts new ones in their place. In a sweep an axis that some member does
+    narrows it to the values that it names, or puts new ones in their place. `size=<name>` puts the values that its
+    `sizes` has under this name in the place of its own, before that. In a sweep an axis that some member does
     not have is dropped for that member; an axis that no member has is an error.
 
     Args:
@@ -82,11 +98,14 @@ def expand(
     Raises:
         BadInput: for a key, name, value or combination that cannot be.
     """
-    axes = _axes([a for a in arguments if not is_hydra(a)])
+    given = _axes([a for a in arguments if not is_hydra(a)])
+    axes, sizes = [a for a in given if a.name != "size"], [s for a in given if a.name == "size" for s in a.values]
     with _composer([*config_dirs, *search_paths(arguments)]):
         products = [{a.name: a.values for a in axes}]
         if any(a.name == "experiment" for a in axes):
-            products = [p for e in _experiments(axes) for p in _with_grid(e, axes)]
+            products = [p for e in _experiments(axes) for s in sizes or ("",) for p in _with_grid(e, axes, s)]
+        elif sizes:
+            raise BadInput(f"size={sizes[0]}: needs experiment=<paper>/<id>, whose file says what its sizes are")
         cells: dict[str, Cell] = {}
         unused = {name for p in products for name in p}
         for product in products:
@@ -172,20 +191,28 @@ def _experiments(axes: list[Axis]) -> Iterable[str]:
     return next(a.values for a in axes if a.name == "experiment")
 
 
-def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, ...]]]:
-    """The products of an experiment's grid, narrowed to the command line's values.
+def preset(experiment: str, key: str, config_dirs: Sequence[str] = ()) -> Any:
+    """What an experiment's file says under one of `OF_EXPERIMENT`; None if it says nothing there."""
+    with _composer(config_dirs):
+        return _preset(experiment, key)
+
+
+def _preset(experiment: str, key: str) -> Any:
+    found = _base((f"experiment={experiment}",)).config.get(key)
+    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
+
+
+def _with_grid(experiment: str, axes: list[Axis], size: str = "") -> list[dict[str, tuple[str, ...]]]:
+    """The products of an experiment's grid in one of its sizes, narrowed to the command line's values.
 
     A value that some product lists is taken in those products alone, so that `algorithm=maml` does not run MAML with
     what another product sets for Reptile. Values that no product lists, or none together, take the place of all.
     """
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
-    grid = _base((f"experiment={experiment}",)).config.get("grid") or [{}]
-    if not OmegaConf.is_list(grid) and not isinstance(grid, list):
+    grid = _preset(experiment, "grid") or [{}]
+    if not isinstance(grid, list):
         raise BadInput(f"experiment={experiment}: its grid must be a list of products")
-    blocks = [
-        {k: tuple(_literal(v) for v in (vs if OmegaConf.is_list(vs) else [vs])) for k, vs in block.items()}
-        for block in grid
-    ]
+    blocks = [_product(block | _size(experiment, size)) for block in grid]
     listed = {k: {v for block in blocks for v in block.get(k, ())} for k in given}
     narrowed = [
         block
@@ -195,9 +222,24 @@ def _with_grid(experiment: str, axes: list[Axis]) -> list[dict[str, tuple[str, .
     return [p for p in narrowed if all(p[k] for k in given)] or [block | given for block in blocks]
 
 
+def _product(block: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {k: tuple(_literal(v) for v in (vs if isinstance(vs, list) else [vs])) for k, vs in block.items()}
+
+
+def _size(experiment: str, name: str) -> dict[str, Any]:
+    """The keys that one of an experiment's sizes sets, by name; none for its own size, which has no name."""
+    sizes = (_preset(experiment, "sizes") or {}) | {"": {}}
+    if name not in sizes:
+        others = [s for s in sizes if s]
+        there = f"must be one of {', '.join(others)}{nearest(name, others)}" if others else f"{experiment} has one size"
+        raise BadInput(f"size={name}: {there}")
+    found: dict[str, Any] = sizes[name]
+    return found
+
+
 def _literal(value: Any) -> str:
     """A yaml value in Hydra's override syntax."""
-    if OmegaConf.is_list(value):
+    if isinstance(value, list):
         return "[" + ",".join(_literal(v) for v in value) + "]"
     if isinstance(value, str) and not re.fullmatch(r"[\w./-]+", value, re.ASCII):
         return QuotedString(text=value, quote=Quote.single).with_quotes()
@@ -261,12 +303,17 @@ def _base(choices: tuple[str, ...]) -> Base:
     else:  # composing takes long: what this choice leaves open is the same for all of an experiment's cells
         chosen = _base(experiment).chosen | {k: v for k, v in (c.split("=", 1) for c in choices)}
     special = f"{chosen['dataset']}_{chosen['algorithm']}"
-    if not given and chosen["dataset_algorithm"] is None and special in members("dataset_algorithm", _search_path):
+    given = given or chosen["study"] is not None or chosen["dataset_algorithm"] is not None
+    if not given and special in members("dataset_algorithm", _search_path):
         choices, config = (*choices, f"dataset_algorithm={special}"), None
     config = _compose(choices) if config is None else config
     OmegaConf.set_readonly(config, False)
     with open_dict(config):
         del config["hydra"]
+        for group in set(GROUPS) - set(groups_of(config)):
+            if any(c.startswith(f"{group}=") for c in choices):
+                raise BadInput(f"{group}: no such group for study={config.study.name}, which trains nothing")
+            config.pop(group, None)
     return Base(config, choices, chosen)
 
 
@@ -335,6 +382,12 @@ def _no_such_key(base: DictConfig, name: str) -> str:
     group = name.split(".", 1)[0]
     if group not in GROUPS:
         return f"{name}: no such key{nearest(name, [*GROUPS, *fields_of(Run)])}"
+    if group not in base:
+        return (
+            f"{name}: no such key for study={base.study.name}, which trains nothing"
+            if is_study(base)
+            else (f"{name}: there is no study; choose one of {', '.join(members('study', _search_path))}")
+        )
     keys = [f"{group}.{k}" for k in base[group] if k != "_target_"]
     return f"{name}: no such key for {group}={base[group].get('name', group)}{nearest(name, keys)}"
 
@@ -363,11 +416,16 @@ def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
     except OmegaConfBaseException as error:
         raise BadInput(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
     assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items() if k not in ("grid", "hydra")}
+    return {str(k): v for k, v in plain.items() if k not in ("hydra", *OF_EXPERIMENT)}
 
 
 def _composed(config: Config) -> Config:
-    """The configuration with the sections that one of its members takes from further yaml files."""
+    """The configuration with the sections that one of its members takes from further yaml files.
+
+    A study has none of training's groups.
+    """
+    if is_study(config):
+        return {k: v for k, v in config.items() if k not in GROUPS or k in groups_of(config)}
     dataset = config["dataset"]
     return config | {"dataset": member_of("dataset", dataset).composed(dataset, _dataset)}
 
@@ -407,7 +465,8 @@ def from_composed(config: DictConfig, config_dirs: Sequence[str] = (), experimen
 
 
 def _data_hash(config: Config) -> str:
-    return member_of("dataset", config["dataset"]).data_hash(config["dataset"])
+    """Names the data by their contents; empty for a study, which draws its own."""
+    return "" if is_study(config) else member_of("dataset", config["dataset"]).data_hash(config["dataset"])
 
 
 def _contents(config: Config) -> dict[str, str]:
@@ -426,7 +485,12 @@ def _named(overrides: Sequence[str], config: Config, to_run: bool = True) -> Cel
 
 
 def _needs(config: Config) -> tuple[Cell | Given, ...]:
-    """What the algorithm says that this run's training starts from."""
+    """What the algorithm says that this run's training starts from, or the study of what it looks at."""
+    if is_study(config):
+        own = {k: _literal(v) for k, v in (("output_dir", config["output_dir"]), ("logger", config["logger"]["name"]))}
+        wanted = member_of("study", config["study"]).needs(config["study"])
+        lines = [{a.name: a.values[0] for a in _axes(line)} | own for line in wanted]
+        return tuple(_cell(line, sweep=False, to_run=True, tolerant=False)[0] for line in lines)
     found: list[Cell | Given] = []
     for need in member_of("algorithm", config["algorithm"]).needs(config):
         if isinstance(need, dict):

@@ -16,10 +16,11 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from metalearn import cells, launchers, sweeper
+from metalearn import cells, launchers, shown, sweeper
 from metalearn.help import usage
 from metalearn.ledger import Busy, CellDir, leads
 from metalearn.paths import conf_dir
+from metalearn.results import Result
 from metalearn.schema import BadInput
 from metalearn.schema import register as register_schemas
 
@@ -123,7 +124,25 @@ def _main(arguments: list[str]) -> int:
         _hydra(["--multirun", *flags, *place] if many else [*flags, *found[0].overrides])
     if many:
         _summary(found)
+    _show_experiments(found, folders)
     return _exit_code(found)
+
+
+def _show_experiments(found: list[cells.Cell], folders: list[str]) -> None:
+    """Draw and judge what experiments say that they show."""
+    own: dict[str, list[cells.Cell]] = {}
+    for cell in found:
+        for override in (o for o in cell.overrides if o.startswith("experiment=")):
+            own.setdefault(override.partition("=")[2], []).append(cell)
+    for experiment, group in own.items():
+        if (module := shown.module_of(experiment, folders)) is None:
+            continue
+        directories = [CellDir(c.config["output_dir"], c.cell_id) for c in group]
+        results = [Result(d.path, data) for d in directories if (data := d.result) is not None]
+        if results:
+            content = shown.show(experiment, module, results)
+            files = shown.write(content, Path(group[0].config["output_dir"]) / "figures" / Path(experiment).parent)
+            print(shown.text(experiment, content, files, len(group) - len(results)))
 
 
 def _queue(pending: list[cells.Cell], flags: list[str], launcher: dict[str, Any]) -> None:

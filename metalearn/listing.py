@@ -29,7 +29,7 @@ What runs leave are plain files, for pandas and DuckDB, too:
   metalearn.results.frame(metalearn.results.find("outputs"))                one row a result and metric
   duckdb: SELECT filename, bn, step, avg(value) FROM read_parquet('outputs/runs/*/episodes.parquet') GROUP BY ALL
           SELECT seed, config.algorithm.name, metrics.accuracy.mean FROM read_json('outputs/runs/*/result.json')"""
-MEMBERS = ("algorithm", "dataset", "backbone", "regularizer")
+MEMBERS = ("algorithm", "dataset", "backbone", "regularizer", "study")
 HEADLINE = ("metric", "mean", "ci95", "n")
 
 
@@ -128,6 +128,7 @@ def ordered(listed: Listed, column: str, reverse: bool = False) -> Listed:
 def _grid(listed: Listed) -> Grid:
     """For readers: the metric with its interval in one column, and members that are all the same left out."""
     dull = {g for g in MEMBERS[1:] if len({show(r[g]) for r in listed.rows}) == 1 and len(listed.rows) > 1}
+    dull |= {g for g in MEMBERS if all(r[g] is None for r in listed.rows)}
     shown = [c for c in listed.columns if c not in (*HEADLINE, *dull)]
     at = shown.index("steps") + 1
     header = (*shown[:at], "metric", "mean, 95 % interval over tasks", "n", *shown[at:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ import pandas as pd
 from metalearn.cells import Cell, config_hash
 from metalearn.evaluation.metrics import UNITS, qualifiers_of, summarize
 from metalearn.ledger import CellDir
-from metalearn.schema import fields_of, member_of
+from metalearn.schema import fields_of, is_study, member_of
 
 if TYPE_CHECKING:
     from metalearn.learner import MetaLearner
@@ -107,6 +108,11 @@ def _drawn_from(section: Config) -> Config:
 
 def versions(dataset: Config) -> dict[str, str]:
     """Versions of Python, of what the numbers depend on, and of what the data set is made from."""
+    return versions_of(member_of("dataset", dataset).versions(dataset))
+
+
+def versions_of(more: dict[str, str]) -> dict[str, str]:
+    """Versions of Python and of what all numbers depend on, and further ones."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
@@ -116,7 +122,7 @@ def versions(dataset: Config) -> dict[str, str]:
     from metalearn.ops import native  # not above: tables are printed without torch
 
     found["kernels"] = "compiled" if (why := native.reason()) is None else f"PyTorch's operators: {why}"
-    return found | member_of("dataset", dataset).versions(dataset)
+    return found | more
 
 
 def git_state() -> tuple[str | None, bool | None]:
@@ -136,6 +142,8 @@ def git_state() -> tuple[str | None, bool | None]:
 
 def table(result: Config, directory: CellDir) -> str:
     """The result as a small table for the terminal."""
+    if is_study(result["config"]):
+        return _study_table(result, directory)
     config, protocol = result["config"], result["protocol"]
     title = f"{config['algorithm']['name']} on {config['dataset']['name']}"
     if protocol["way"]:
@@ -154,11 +162,7 @@ def table(result: Config, directory: CellDir) -> str:
         if int(step) in shown:
             rows.append((name, number(m["mean"]), "+- " + number(m["ci95"]), str(m["n"]), *where))
     rows[1:] = sorted(rows[1:], key=lambda r: (not r[4], r[4] != protocol["bn"], r[4], int(r[5] or 0)))
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    aligned = [
-        [c.ljust(w) if i in (0, 4, 6) else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))]
-        for r in rows
-    ]
+    aligned = _padded(rows, left=(0, 4, 6))
     lines = ["  ".join(row) for row in aligned]
     chosen, tested = protocol["selection"], ""
     if result["status"] == "done":
@@ -174,6 +178,36 @@ def table(result: Config, directory: CellDir) -> str:
         f"\n{title}, seed {result['seed']}\n" + "\n".join(line.rstrip() for line in lines) + "\n"
         f"{result['steps']} meta-steps in {result['seconds']:.0f} s{tested}\n{directory.path / 'result.json'}"
     )
+
+
+def _padded(rows: Sequence[Sequence[str]], left: Sequence[int]) -> list[list[str]]:
+    """Texts made equally wide in each column, to the left in some."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    return [
+        [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths, strict=True))] for r in rows
+    ]
+
+
+def _study_table(result: Config, directory: CellDir) -> str:
+    """The first numbers of a study, which may be thousands."""
+    rows = [("", "mean", "95% CI", "n", "")]
+    for name, m in list(result["metrics"].items())[:MOST_ROWS]:
+        half = "" if m["ci95"] is None else "+- " + brief(m["ci95"])
+        rows.append((name, brief(m["mean"]), half, "" if m["interval"] == "exact" else str(m["n"]), m["interval"]))
+    lines = ["  ".join(row) for row in _padded(rows, left=(0, 4))]
+    if (left := len(result["metrics"]) - MOST_ROWS) > 0:
+        lines.append(f"... and {left} more in result.json")
+    title = f"{result['config']['study']['name']}, seed {result['seed']}"
+    text = "\n".join(line.rstrip() for line in lines)
+    return f"\n{title}\n{text}\n{result['seconds']:.1f} s\n{directory.path / 'result.json'}"
+
+
+MOST_ROWS = 24
+
+
+def brief(value: float | None) -> str:
+    """Four significant digits; `-` where there is no finite value."""
+    return "-" if value is None else f"{value:.4g}"
 
 
 def _few_steps(last: int) -> set[int]:

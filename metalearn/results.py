@@ -207,7 +207,7 @@ def frame(results: Iterable[Result]) -> pd.DataFrame:
     """One row a result and metric: ids, seed, members, steps, seconds, and the metric with its qualifiers."""
     rows = []
     for r in results:
-        members = {g: value(r.config, g) for g in ("algorithm", "dataset", "backbone", "regularizer")}
+        members = {g: value(r.config, g) for g in ("algorithm", "dataset", "backbone", "regularizer", "study")}
         about = {"cell_id": r.data["cell_id"], **members, "seed": r.data["seed"], "status": r.data["status"]}
         about |= {"steps": r.data["steps"], "seconds": r.data["seconds"], "folder": str(r.folder)}
         for name, m in r.data["metrics"].items() or {"": {}}.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -42,8 +43,10 @@ from metalearn.phases import forget, products
 from metalearn.preemption import SaveOnSignal, handle_signals
 from metalearn.prerequisites import State, ready
 from metalearn.record import git_state, result_of
-from metalearn.schema import BadInput
+from metalearn.schema import BadInput, is_study
 from metalearn.schema.algorithms import SIZES
+from metalearn.studies.conduct import conduct, rows
+from metalearn.studies.conduct import result_of as studied
 from metalearn.training import Recorder
 
 Config = dict[str, Any]
@@ -115,9 +118,10 @@ def run(cell: Cell, directory: CellDir | None = None) -> str:
     config, directory = cell.config, directory or CellDir(cell.config["output_dir"], cell.cell_id)
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     keep_freed_memory()
-    set_precision(config["trainer"]["precision"])
-    if config["trainer"]["threads"]:
-        torch.set_num_threads(config["trainer"]["threads"])
+    study = is_study(config)
+    set_precision("64" if study else config["trainer"]["precision"])
+    if threads := config["study" if study else "trainer"]["threads"]:
+        torch.set_num_threads(threads)
     main = leads()
     attempt = directory.start(config, cell.train_id) if main else 0
     if main:
@@ -127,7 +131,7 @@ def run(cell: Cell, directory: CellDir | None = None) -> str:
     before = dict(os.environ)
     handle_signals()
     try:
-        state = _train_and_test(cell, directory, attempt, main)
+        state = (_study if study else _train_and_test)(cell, directory, attempt, main)
     except (KeyboardInterrupt, SystemExit):
         if main:
             directory.finish("killed", "interrupted")
@@ -194,6 +198,21 @@ def _train_and_test(cell: Cell, directory: CellDir, attempt: int, main: bool) ->
             if logger is not None:
                 logger.close(result["status"], result)
     return "done" if error is None else "diverged"
+
+
+def _study(cell: Cell, directory: CellDir, attempt: int, main: bool) -> str:
+    """Compute what the cell's study measures, in the leading process; a killed study begins anew."""
+    if not main:
+        return "done"
+    code, began = git_state(), time.monotonic()
+    starts = ready(cell, directory, run)
+    with mirrored(cell.config, directory, attempt) as logger:
+        found = conduct(cell, directory, starts)
+        result = studied(cell, found, code, time.monotonic() - began)
+        _write_result(directory, rows(found), result)
+        if logger is not None:
+            logger.close("done", result)
+    return "done"
 
 
 def _starts(cell: Cell, directory: CellDir) -> tuple[list[State], Diverged | None]:

@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metalearn.schema import subject
+
 if TYPE_CHECKING:
     import wandb
 
@@ -58,8 +60,8 @@ def summary(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tags(config: Config) -> list[str]:
-    """Algorithm, data set, and the user's own."""
-    return list(dict.fromkeys([config["algorithm"]["name"], config["dataset"]["name"], *config["logger"]["tags"]]))
+    """Algorithm and data set, or the study, and the user's own."""
+    return list(dict.fromkeys([*subject(config), *config["logger"]["tags"]]))
 
 
 def start(
@@ -98,7 +100,7 @@ def start(
         entity=entity,
         dir=str(folder),
         id=run_id,
-        name=f"{config['algorithm']['name']}_{config['dataset']['name']}_{config['seed']}",
+        name="_".join([*subject(config), str(config["seed"])]),
         group=section["group"],
         job_type=JOB_TYPE,
         tags=tags(config),

@@ -16,6 +16,7 @@ from pathlib import Path
 import pandas as pd
 
 from metalearn.results import find, matches, value
+from metalearn.schema import subject
 from metalearn.schema.keys import show
 
 
@@ -43,7 +44,7 @@ def collect(output: Path, target: Path, by: list[str], wanted: dict[str, str]) -
         if not matches(config, wanted):
             continue
         marks = [f"{k.rsplit('.', 1)[1]}{show(v)}" for k in by if (v := value(config, k)) is not None]
-        name = "-".join([config["algorithm"]["name"], *marks]) + f"/seed{config['seed']}"
+        name = "-".join([subject(config)[0], *marks]) + f"/seed{config['seed']}"
         if name in taken:
             sys.exit(f"{name}: both {taken[name]} and {result.folder} have these values; add key=value or --by")
         taken[name] = result.folder

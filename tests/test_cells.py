@@ -278,7 +278,7 @@ def run_with(group: str, schema: type, /, **changes) -> dict:
     """A run's configuration in which this schema has its defaults, or what is given."""
     section = {field.name: field.default for field in fields_of(schema).values()} | changes
     config = plain_run()
-    return config | ({group: config[group] | section | _target(schema)} if group else section)
+    return config | ({group: config.get(group, {}) | section | _target(schema)} if group else section)
 
 
 def _target(schema: type) -> dict:

@@ -14,7 +14,7 @@ from runs import TINY
 
 from metalearn import cells, cli
 from metalearn.ledger import CellDir
-from metalearn.schema import GROUPS, MEMBERS, fields_of
+from metalearn.schema import GROUPS, MEMBERS, fields_of, groups_of
 from metalearn.schema.groups import Trainer
 
 SHORT = (*TINY, "trainer.max_steps=2", "trainer.val_every=0")
@@ -183,7 +183,8 @@ def test_cfg_shows_the_whole_run(quiet):
     shown = yaml.safe_load(out)
     (cell,) = cells.expand(["algorithm=reptile", "dataset=sinusoid", "seed=3"])
     assert code == 0 and set(shown) == set(cell.config)
-    assert {group: set(shown[group]) for group in GROUPS} == {group: set(cell.config[group]) for group in GROUPS}
+    groups = groups_of(cell.config)
+    assert {group: set(shown[group]) for group in groups} == {group: set(cell.config[group]) for group in groups}
     assert cells.from_composed(OmegaConf.create(shown)).cell_id == cell.cell_id
     code, out, _ = quiet["cfg without data"]
     assert (code, yaml.safe_load(out)["dataset"]["root"], yaml.safe_load(out)["dataset"]["way"]) == (0, "???", 60)

@@ -16,9 +16,10 @@ from metalearn import cells
 from metalearn.cells import expand, members
 from metalearn.paths import conf_dir
 from metalearn.run import NOT_ARGUMENTS, build, build_data, build_learner
-from metalearn.schema import GROUPS, MEMBERS, fields_of
+from metalearn.schema import GROUPS, MEMBERS, fields_of, is_study
 from metalearn.schema.groups import Run
 from metalearn.schema.registry import SINGLE
+from metalearn.studies import Study
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 PLAIN = yaml.safe_load(Path(conf_dir(), "config.yaml").read_text())["defaults"]
@@ -73,6 +74,9 @@ def test_every_yaml_composes_and_instantiates(group, name, places):
             assert f"{group}={name}" in cell.overrides
         elif "name" in cell.config.get(group, {}):
             assert cell.config[group]["name"] == name
+        if is_study(cell.config):
+            assert isinstance(build("study", cell.config["study"]), Study)
+            continue
         dataset = build("dataset", cell.config["dataset"])
         assert dataset.data_hash() == cell.data_hash
         learner = build_learner(cell.config, dataset)

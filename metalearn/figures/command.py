@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from metalearn import shown
 from metalearn.figures import axes, draw, series
 from metalearn.figures.series import Mark, Plot, Request
 from metalearn.ledger import write_atomically
@@ -19,6 +20,9 @@ from metalearn.selection import Entry, select
 DESCRIPTION = """A metric against a swept key: one line for each value of --hue, means over seeds with a 95 % interval
 (over seeds by Student's t; over tasks where there is one seed), single seeds as faint points, diverged runs as crosses
 at the top, cells without a value named below. The numbers lie beside the picture as CSV.
+
+An experiment that says what it shows (`shows:` in its file) is drawn and judged as it says, unless an option asks for
+something else.
 
 A star is the value that is best on validation. With --x algorithm.alpha a vertical line is alpha*, if results have it.
 
@@ -75,6 +79,9 @@ def main(arguments: Sequence[str]) -> int:
     """Write the picture and its numbers; 0 whatever is missing, for the picture says so."""
     o = parser().parse_intermixed_args(arguments)
     entries = select(o.overrides, config_dirs(o), o.place)
+    if (own := _own(o, entries)) is not None:
+        print(own)
+        return 0
     experiments = ", ".join(v.partition("=")[2] for v in o.overrides if v.startswith("experiment="))
     request = Request(o.x, o.hue, o.panel, o.metric, o.bn, o.mark, _title(entries, experiments))
     plot = series.plot(entries, request)
@@ -83,6 +90,22 @@ def main(arguments: Sequence[str]) -> int:
     print(text(plot))
     print(f"files: {path}, {path.with_suffix('.csv')}", file=sys.stderr)
     return 0
+
+
+def _own(o: argparse.Namespace, entries: Sequence[Entry]) -> str | None:
+    """What the one experiment that is asked for shows by itself, drawn; None if it does not, or more is asked for."""
+    experiments = [v.partition("=")[2] for v in o.overrides if v.startswith("experiment=")]
+    if len(experiments) != 1 or o.x or o.hue or o.panel or o.metric or o.bn or o.mark or o.log:
+        return None
+    if (module := shown.module_of(experiments[0], config_dirs(o))) is None:
+        return None
+    results = [e.result for e in entries if e.result is not None]
+    content = shown.show(experiments[0], module, results)
+    folder = FOLDER / Path(experiments[0]).parent if o.output is None else o.output.parent
+    if o.output is not None:
+        named = [o.output.stem, *(f"{o.output.stem}-{name}" for name in list(content.figures)[1:])]
+        content = content._replace(figures=dict(zip(named, content.figures.values(), strict=True)))
+    return shown.text(experiments[0], content, shown.write(content, folder), len(entries) - len(results))
 
 
 def _title(entries: Sequence[Entry], experiments: str) -> str | None:

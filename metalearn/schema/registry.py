@@ -1,14 +1,14 @@
 """Which schema belongs to which `_target_`, and how Hydra gets the defaults."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig
 
-from metalearn.schema import algorithms, datasets, groups, mixture, own_data, parts
+from metalearn.schema import algorithms, datasets, groups, mixture, own_data, parts, studies
 from metalearn.schema.keys import BadInput, fields_of
 
 MEMBERS: dict[str, dict[str, type]] = {
@@ -18,6 +18,7 @@ MEMBERS: dict[str, dict[str, type]] = {
     "backbone": {s.target: s for s in parts.BACKBONES},
     "regularizer": {s.target: s for s in parts.REGULARIZERS},
     "optimizer": {s.target: s for s in parts.OPTIMIZERS},
+    "study": {s.target: s for s in studies.STUDIES},
 }
 """Groups whose members have schemas of their own, by `_target_`."""
 
@@ -25,6 +26,25 @@ SINGLE: dict[str, type] = {"trainer": groups.Trainer, "evaluation": groups.Evalu
 """Groups with one schema."""
 
 GROUPS = (*MEMBERS, *SINGLE)
+OF_STUDY = ("study", "logger")
+"""The groups of a run that is a study."""
+OF_TRAINING = tuple(g for g in GROUPS if g != "study")
+"""The groups of a run that trains."""
+
+
+def groups_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The groups that a run's configuration has."""
+    return OF_STUDY if is_study(config) else OF_TRAINING
+
+
+def is_study(config: Mapping[str, Any]) -> bool:
+    """Whether a run is a study, which trains nothing and has no groups of training."""
+    return config.get("study") is not None
+
+
+def subject(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """What a run is about, in names: its algorithm and data set, or its study."""
+    return tuple(config[group]["name"] for group in (("study",) if is_study(config) else ("algorithm", "dataset")))
 
 
 def member_of(group: str, config: dict[str, Any]) -> Any:
@@ -39,7 +59,7 @@ def member_of(group: str, config: dict[str, Any]) -> Any:
 
 def sections(config: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Path, group and content of all members' sections of a run, those inside others included."""
-    for group in GROUPS:
+    for group in groups_of(config):
         yield from _within(group, group, config[group])
 
 

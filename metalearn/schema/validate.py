@@ -5,7 +5,7 @@ from typing import Any
 
 from metalearn.schema.groups import Run
 from metalearn.schema.keys import BadInput, Field, fields_of, nearest, show
-from metalearn.schema.registry import GROUPS, member_of
+from metalearn.schema.registry import GROUPS, groups_of, is_study, member_of
 
 Config = dict[str, Any]
 
@@ -21,9 +21,9 @@ def validate(config: Config, *, complete: bool = True) -> Config:
         BadInput: for the first key, value or combination that cannot be.
     """
     out: Config = _section("", fields_of(Run), {k: v for k, v in config.items() if k not in GROUPS}, complete)
-    for group in GROUPS:
+    for group in groups_of(config):
         out[group] = _member(f"{group}.", group, config[group], complete)
-    for problem in _combinations(out):
+    for problem in _of_study(out) if is_study(out) else _combinations(out):
         raise BadInput(problem)
     return out
 
@@ -47,6 +47,11 @@ def _section(prefix: str, fields: dict[str, Field], values: Config, complete: bo
             parts = out[name].items()
             out[name] = {label: _member(f"{prefix}{name}.{label}.", group, part, complete) for label, part in parts}
     return out
+
+
+def _of_study(run: Config) -> Iterator[str]:
+    """Why this study cannot be, if it cannot."""
+    yield from member_of("study", run["study"]).problems(run["study"])
 
 
 def _combinations(run: Config) -> Iterator[str]:

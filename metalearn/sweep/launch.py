@@ -16,6 +16,7 @@ from filelock import FileLock
 from metalearn.cells import Cell
 from metalearn.launchers import executor, is_launcher
 from metalearn.ledger import CellDir, write_json
+from metalearn.results import value
 from metalearn.schema import BadInput
 from metalearn.sweep import jobs
 from metalearn.sweep.standing import STATES, Standing, standings
@@ -84,7 +85,7 @@ def submit(cells: Sequence[Cell], flags: Sequence[str], launcher: dict[str, Any]
     """
     name, output = executor(launcher), Path(cells[0].config["output_dir"]).absolute()
     assert name is not None
-    devices = {c.config["trainer"]["devices"] for c in cells}
+    devices = {value(c.config, "trainer.devices") or 1 for c in cells}  # a study has one process
     _check_devices(devices, launcher, name)
     for cell in cells:
         directory = CellDir(cell.config["output_dir"], cell.cell_id)

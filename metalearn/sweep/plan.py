@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
+from metalearn.cells import Cell
 from metalearn.options import Parser, config_dirs, read_cells, whole
+from metalearn.schema import BadInput, is_study
 from metalearn.sweep.calibrate import Book
 from metalearn.sweep.forecast import forecast
 from metalearn.sweep.layout import aligned, count, roughly, size
@@ -43,7 +46,7 @@ def parser() -> Parser:
 def main(arguments: Sequence[str]) -> int:
     """Run the action and return the exit code."""
     options = parser().parse_intermixed_args(list(arguments))
-    cells = read_cells(options)
+    cells = _trained(read_cells(options))
     keep, measures = options.calibrate is not True, options.calibrate is not False
     book = Book(
         cells[0].config["output_dir"], config_dirs(options), seconds=options.seconds, keep=keep, measures=measures
@@ -51,6 +54,18 @@ def main(arguments: Sequence[str]) -> int:
     found = forecast(cells, book, width=options.width)
     print(json.dumps(found, indent=1, allow_nan=False) if options.format == "json" else text(found))
     return 0
+
+
+def _trained(cells: list[Cell]) -> list[Cell]:
+    """The cells that train; a study's cost cannot be read from a short part of it."""
+    kept = [c for c in cells if not is_study(c.config)]
+    if not kept:
+        raise BadInput(
+            f"sweep plan: study={cells[0].config['study']['name']} trains nothing that a short part could time"
+        )
+    if len(kept) < len(cells):
+        print(f"metalearn: left out: {len(cells) - len(kept)} studies, which train nothing", file=sys.stderr)
+    return kept
 
 
 def text(found: dict[str, Any]) -> str:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from metalearn.cells import Cell
 from metalearn.ledger import HEARTBEAT_SECONDS, CellDir
+from metalearn.results import value
 from metalearn.sweep.jobs import Queue, Submission, submission, tail
 
 STALE_SECONDS = 6 * HEARTBEAT_SECONDS
@@ -53,7 +54,7 @@ def standings(found: Sequence[Cell], queue: Queue | None = None) -> list[Standin
 
 
 def _standing(cell: Cell, queue: Queue) -> Standing:
-    steps = cell.config["trainer"]["max_steps"]
+    steps = value(cell.config, "trainer.max_steps") or 0  # a study has none
     if cell.problem is not None:
         return Standing(cell, "impossible", cell.problem, steps=steps)
     output = cell.config["output_dir"]
