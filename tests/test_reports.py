@@ -59,6 +59,7 @@ def test_every_module_of_the_package_is_a_report(capsys):
         (["taylor", "--tasks", "99"], "99: must be a whole number >= 100"),
         (["bounds", "--sets", "1"], "1: must be a whole number >= 2"),
         (["bounds", "--seed", "-1"], "-1: must be a whole number >= 0"),
+        (["unravel", "--only", "fig99"], "--only fig99: must be one of "),
         (["bounds", "--nope"], "unrecognized arguments: --nope; see metalearn report bounds --help"),
     ],
 )
@@ -101,6 +102,25 @@ def test_the_taylor_report(report):
     inside = sum(r["holds"] for r in data["coefficients"])
     assert f"{inside} of 48 coefficients lie within" in text and text.count("Outside:") == 48 - inside
     assert all(r["holds"] for r in (*data["orders"], *data["linear"]))
+
+
+def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_path, monkeypatch, capsys):
+    """Claims with their verdicts; a second call computes nothing, and training is not begun unasked."""
+    from metalearn import cli
+
+    small = ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]")
+    plain = reports.load("unravel").cells_of
+    monkeypatch.setattr(reports.load("unravel"), "cells_of", lambda words: plain([*words, *small]))
+    call = ("unravel", "--only", "corollary1", "--results", str(tmp_path / "results"), "--threads", "1")
+    data, text, _ = report(*call)
+    found = [row for row in rows(text) if len(row) == 5][1:]
+    assert [r[0] for r in found] == ["corollary1"] * 3 and [r[4] for r in found] == ["holds", "holds", "does not hold"]
+    assert [f["holds"] for f in data["items"][0]["findings"]] == [True, True, False]
+    assert "![corollary1](corollary1.png)" in text
+    monkeypatch.setattr(cli, "work", None)
+    assert report(*call)[1].splitlines()[2:] == text.splitlines()[2:]
+    data, text, _ = report("unravel", "--only", "fig10b", "--results", str(tmp_path / "results"))
+    assert data["items"] == [] or "not run: metalearn -m experiment=unravel/fig10b" in text
 
 
 def test_a_coefficient_outside_is_named():

@@ -15,7 +15,7 @@ import json
 import pkgutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 class Content(NamedTuple):
     """What a report found.
 
-    text: Markdown, also printed. data: the numbers behind it, for JSON. figures: by file name without its ending.
+    text: Markdown, also printed. data: the numbers behind it, for JSON. figures: by file name without its ending; those
+    that the text does not place stand at its end.
     """
 
     text: str
@@ -111,20 +112,21 @@ def _write(folder: Path, arguments: Sequence[str], content: Content, seconds: fl
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in content.figures.items():
         figure.savefig(folder / f"{name}.png", dpi=90, bbox_inches="tight")
-    pictures = "".join(f"\n![{name}]({name}.png)\n" for name in content.figures)
+    shown = [name for name in content.figures if f"({name}.png)" not in content.text]
+    pictures = "".join(f"\n![{name}]({name}.png)\n" for name in shown)
     source = "" if commit is None else f", commit {commit[:12]}{' (changed)' if dirty else ''}"
     (folder / "report.md").write_text(f"`{header['command']}`{source}\n\n{content.text}\n{pictures}")
     text = json.dumps({"header": header, **content.data}, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns are also aligned in a terminal, the first to the left and numbers to the right."""
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
+    """A Markdown table whose columns are also aligned in a terminal, those of text (`left`) to the left."""
     widths = [max(3, *(len(row[i]) for row in (columns, *rows))) for i in range(len(columns))]
-    rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
+    rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
+        padded = [c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
         return f"| {' | '.join(padded)} |"
 
     return "\n".join(line(cells) for cells in (columns, rule, *rows))
