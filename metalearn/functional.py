@@ -363,13 +363,13 @@ def conjugate_gradient(product: Product, b: Params, steps: int, *, tolerance: fl
         indefinite |= active & (curvature <= 0)
         active = active & ~(curvature <= 0)
         step = torch.where(active, rr / torch.where(active, curvature, 1.0), 0.0)
-        x = {k: x[k] + _for(step, p[k]) * p[k] for k in x}
-        r = {k: r[k] - _for(step, p[k]) * curved[k] for k in r}
+        x = {k: x[k] + along_tasks(step, p[k]) * p[k] for k in x}
+        r = {k: r[k] - along_tasks(step, p[k]) * curved[k] for k in r}
         before, rr = rr, task_dot(r, r)
         taken = taken + active
         active = active & ~(rr <= tolerance * size)
         beta = torch.where(active, rr / torch.where(active, before, 1.0), 0.0)
-        p = {k: r[k] + _for(beta, p[k]) * p[k] for k in p}
+        p = {k: r[k] + along_tasks(beta, p[k]) * p[k] for k in p}
     return Solution(x, taken, (rr / torch.where(size == 0, 1.0, size)).sqrt(), indefinite)
 
 
@@ -379,7 +379,7 @@ def task_dot(a: Params, b: Params) -> Tensor:
     return torch.stack([(a[k] * b[k]).unsqueeze(-1).sum(tuple(range(1, a[k].dim() + 1))) for k in a]).sum(0)
 
 
-def _for(value: Tensor, leaf: Tensor) -> Tensor:
+def along_tasks(value: Tensor, leaf: Tensor) -> Tensor:
     """`[B]`, shaped to broadcast against a leaf `[B, *shape]`."""
     return value.view(-1, *[1] * (leaf.dim() - 1))
 

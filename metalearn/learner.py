@@ -234,8 +234,11 @@ class MetaLearner(pl.LightningModule, ABC):
 
     def inner_loss(self, prediction: Tensor, y: Tensor) -> Tensor:
         """`[B]`: the loss that inner loops descend, see `inner_loss_reduction`."""
-        value = self.loss(prediction, y)
-        return value * prediction.shape[-1] if self.inner_loss_reduction == "sum_over_shots" else value
+        return self.loss(prediction, y) * self.inner_loss_scale(prediction)
+
+    def inner_loss_scale(self, prediction: Tensor) -> int:
+        """How many times the mean loss of these predictions the inner loss is."""
+        return prediction.shape[-1] if self.inner_loss_reduction == "sum_over_shots" else 1
 
     def metric(self, prediction: Tensor, y: Tensor) -> Tensor:
         """`[B]`: accuracy (a fraction), or mean squared error in the target's units squared."""

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from metalearn.algorithms.maml import MAML
 from metalearn.algorithms.pools import pooled
 from metalearn.episode import Episode, Examples, Params, TaskOutput, Theta
-from metalearn.functional import Trajectory
 from metalearn.ops import Normalization
 from metalearn.random import TaskKey
 from metalearn.schema import BadInput
@@ -74,10 +73,10 @@ class ERM(MAML):
         queries = episodes.query.x.shape[1]
         return TaskOutput(self.loss(prediction, y), prediction[:, -queries:], {}, {}, norm.seen, {})
 
-    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """`steps` times phi <- phi - alpha grad L(phi; S_i), from theta with a new head if the tasks need one."""
+    def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
+        """Theta, with a new head if the tasks need one."""
         start = self.network(theta)
-        return self.descend(start | self._fresh_head(start, support, key), support, steps, self.alpha)
+        return start | self._fresh_head(start, support, key)
 
     def _fresh_head(self, start: Params, support: Examples, key: TaskKey | None) -> Params:
         """A head for the N classes of each task, leaves `[B, N, ...]`."""

@@ -20,7 +20,6 @@ from metalearn.embedding import (
     vector_network,
 )
 from metalearn.episode import Episode, Examples, Params, TaskOutput, Theta
-from metalearn.functional import Trajectory
 from metalearn.parameters import Drawn
 from metalearn.random import Key, TaskKey
 
@@ -151,9 +150,9 @@ class HSML(MAML):
         for name in ("examples", "autoencoder", "tree", "gates"):
             getattr(self, name).reset(Key(seed, "init").sub(name))
 
-    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """phi_i: `steps` gradient steps from theta * eta_i."""
-        return self.descend(self.start(theta, support)[0], support, steps, self.inner_rate(theta, key))
+    def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
+        """Theta * eta_i."""
+        return self.start(theta, support)[0]
 
     def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
         """L_Q + xi L_r; reports L_r and the entropy of the leaves' assignment in nats."""

@@ -55,16 +55,24 @@ class MAML(MetaLearner):
         super().__init__(**learner)
         self.alpha, self.first_order, self.adapted, self.inner_clip = alpha, first_order, adapted, inner_clip
         self.variant, self.minibatch = variant, minibatch
-        if variant != "query" and type(self).adapt is not MAML.adapt:
+        if variant != "query" and type(self).origin is not MAML.origin:
             raise BadInput(f"algorithm.variant={variant}: {type(self).__name__} adapts by more than gradient steps")
 
     def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta."""
-        return self.descend(self.network(theta), support, steps, self.inner_rate(theta, key))
+        """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from `origin`."""
+        return self.descend(self.origin(theta, support, key), support, steps, self.inner_rate(theta, key))
+
+    def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
+        """Where adaptation starts: all that a pass through the network depends on, shared or each task's own."""
+        return self.network(theta)
 
     def inner_rate(self, theta: Theta, key: TaskKey | None) -> float | Tensor | Params:
         """What inner gradients are multiplied by; a number, a tensor for every leaf, or one for each moving leaf."""
         return self.alpha
+
+    def multipliers(self, theta: Theta, key: TaskKey | None) -> Params | None:
+        """What each moving leaf's step is besides alpha, leaves that broadcast against it; None where it is 1."""
+        return None
 
     @property
     def descents(self) -> int:
@@ -130,8 +138,6 @@ def support_problem(
 ) -> tuple[Loss, Params, Context]:
     """The inner loss as a function of the parameters that move, where they start, and what else it depends on.
 
-    Features that no moving parameter influences are computed once (ANIL: one pass of the body).
-
     Args:
         learner: whose network and inner loss.
         start: all that a pass through the network depends on, leaves `[*shape]` or, each task's own, `[B, *shape]`.
@@ -142,13 +148,28 @@ def support_problem(
         The loss, which maps (moving, context) to `[B]`; the moving parameters, leaves `[B, *shape]`; and the context:
         the other parameters, the features and the targets.
     """
+    predict, moving, context = support_predictions(learner, start, support, moves)
+
+    def support_loss(phi: Params, context: Context) -> Tensor:
+        return learner.inner_loss(predict(phi, context), context[2])
+
+    return support_loss, moving, context
+
+
+def support_predictions(
+    learner: MetaLearner, start: Params, support: Examples, moves: Callable[[str], bool]
+) -> tuple[Callable[[Params, Context], Tensor], Params, Context]:
+    """What `support_problem` is the loss of: (moving, context) to predictions `[B, n, outputs]`, and where it starts.
+
+    Features that no moving parameter influences are computed once (ANIL: one pass of the body).
+    """
     moving = {k: p for k, p in start.items() if moves(k)}
     frozen = {k: p for k, p in start.items() if k not in moving}
     site = learner.net.first_site(list(moving))
     features = learner.run_net(start, support.x, when="inner", stop=site)
 
-    def support_loss(phi: Params, context: Context) -> Tensor:
-        frozen, h, y = context
-        return learner.inner_loss(learner.run_net(frozen | phi, h, when="inner", start=site), y)
+    def predict(phi: Params, context: Context) -> Tensor:
+        frozen, h, _ = context
+        return learner.run_net(frozen | phi, h, when="inner", start=site)
 
-    return support_loss, per_task(moving, len(support.x), learner.shapes), (frozen, features, support.y)
+    return predict, per_task(moving, len(support.x), learner.shapes), (frozen, features, support.y)

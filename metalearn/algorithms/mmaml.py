@@ -12,7 +12,6 @@ from metalearn.algorithms.maml import MAML
 from metalearn.backbones import MLP, Backbone, Conv4
 from metalearn.embedding import GRU, Affine, targets
 from metalearn.episode import Examples, Params, Theta
-from metalearn.functional import Trajectory
 from metalearn.random import Key, TaskKey
 from metalearn.schema import BadInput
 
@@ -91,11 +90,9 @@ class MMAML(MAML):
             if hasattr(self, name):
                 getattr(self, name).reset(Key(seed, "init").sub(name))
 
-    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """phi_i: `steps` gradient steps from theta on the network modulated by tau_i, together with tau_i."""
-        return self.descend(
-            self.network(theta) | self.modulation(theta, support), support, steps, self.inner_rate(theta, key)
-        )
+    def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
+        """Theta, and tau_i, which modulates the network and is not adapted."""
+        return self.network(theta) | self.modulation(theta, support)
 
     def modulation(self, theta: Theta, support: Examples) -> Params:
         """tau_i from the support set: gamma and beta of each hidden layer, `[B, C]`."""

@@ -78,16 +78,20 @@ class MTNet(TNet):
         self.zeta = Parameters({k: torch.zeros(len(t)) for k, t in self.transforms.named_parameters()})
 
     def inner_rate(self, theta: Theta, key: TaskKey | None) -> float | Tensor | Params:
-        """Alpha times each task's mask, shared by all parameters of a layer."""
+        """Alpha times each task's mask."""
+        return {name: self.alpha * m for name, m in self.multipliers(theta, key).items()}
+
+    def multipliers(self, theta: Theta, key: TaskKey | None) -> Params:
+        """Each task's mask, shared by all parameters of a layer."""
         if key is None:
             raise ValueError("MT-net draws a mask for each task: adapt needs the tasks' key")
-        rates: Params = {}
+        masks: Params = {}
         for stage, (weight, _) in self.kernels.items():
             moving = [name for name in self.net.stage(stage).uses if self.moves(name)]
             if moving:
-                m = self.alpha * mask(theta["zeta"][weight], key.sub(f"mask/{weight}"))
-                rates |= {name: m.view(*m.shape, *[1] * (len(self.shapes[name]) - 1)) for name in moving}
-        return rates
+                m = mask(theta["zeta"][weight], key.sub(f"mask/{weight}"))
+                masks |= {name: m.view(*m.shape, *[1] * (len(self.shapes[name]) - 1)) for name in moving}
+        return masks
 
     @property
     def exact(self) -> bool:

@@ -19,7 +19,7 @@ from metalearn.clustering import Vectors, centroids, cluster, majority
 from metalearn.data import Episodes
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
 from metalearn.evaluation.metrics import TaskMean
-from metalearn.functional import Trajectory, per_task
+from metalearn.functional import per_task
 from metalearn.learner import Diverged
 from metalearn.meta_gradient import MetaGradient
 from metalearn.parameters import Parameters
@@ -161,9 +161,9 @@ class TSAMAML(MAML):
             chosen[k] = first
         return self.network(theta) | chosen
 
-    def adapt(self, theta: Theta, support: Examples, *, steps: int, key: TaskKey | None = None) -> Trajectory:
-        """phi_i: `steps` times phi <- phi - alpha grad L(phi; S_i), from phi = theta_g(T)."""
-        return self.descend(self.start(theta, self.route(theta, support)), support, steps, self.alpha)
+    def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
+        """Theta_g(T)."""
+        return self.start(theta, self.route(theta, support))
 
     def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
         """Query loss of the parameters adapted from theta_g(T), for the group that `updates` found, if it did."""
