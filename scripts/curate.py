@@ -4,7 +4,7 @@ usage: python scripts/curate.py <cell folder> docs/runs/<experiment>/<name>
        python scripts/curate.py <output_dir> docs/runs/<experiment> [--by key,key] key=value [key=value ...]
 
 The second form takes every finished cell under output_dir whose configuration has these values (as text), and names it
-by the algorithm, the values of --by, and the seed: maml/seed0, tsa_maml-m3/seed0. Two cells of one name are refused.
+by the algorithm (or study), the values of --by, and the seed: maml/seed0, tsa_maml-m3/seed0. Two cells of one name are refused.
 The data set's path is replaced by `<dataset.root>`: a result names data by its content hash.
 """
 
@@ -23,7 +23,7 @@ from metalearn.schema.keys import show
 def curate(cell: Path, target: Path) -> None:
     """Copy result.json without paths of this machine, and the episodes at the last adaptation step (float32)."""
     result = json.loads((cell / "result.json").read_text())
-    if "root" in result["config"]["dataset"]:
+    if "root" in result["config"].get("dataset", {}):
         result["config"]["dataset"]["root"] = "<dataset.root>"
     result["config"]["output_dir"] = "outputs"
     target.mkdir(parents=True, exist_ok=True)

@@ -184,6 +184,15 @@ def each(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", cases, ids="-".join)
 
 
+def each_class(cases: list[Case]) -> Any:
+    """The same, of which only the first row of each class runs with every `make test`: the others are its settings."""
+    first: dict[tuple[type, str], Case] = {}
+    for name, kind in cases:
+        first.setdefault((ROWS[name].cls, kind), (name, kind))
+    marked = [case if case in first.values() else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=map("-".join, cases))
+
+
 def where(**wanted: Any) -> list[Case]:
     """The cases whose rows have these values."""
     return [case for case in CASES if all(getattr(ROWS[case[0]], k) == v for k, v in wanted.items())]

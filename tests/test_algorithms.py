@@ -73,7 +73,7 @@ def test_a_batch_is_its_tasks_alone(case):
 
 
 @each(CASES)
-@pytest.mark.parametrize("fits", [1, 3])
+@pytest.mark.parametrize("fits", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_chunks_change_nothing(case, fits):
     """One task at a time, or two unequal chunks."""
     learner, batch = trained(case)

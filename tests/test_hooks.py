@@ -13,6 +13,7 @@ from table import (
     Case,
     create,
     each,
+    each_class,
     every_score,
     outer_value,
     regularizer,
@@ -30,6 +31,10 @@ from metalearn.meta_gradient import meta_gradient
 from metalearn.random import TaskKey
 from metalearn.regularizers import Regularizer
 
+FITS = [pytest.param(1, marks=pytest.mark.slow), 3, pytest.param(5, marks=pytest.mark.slow)]
+"""Tasks of a chunk: unequal chunks are the hardest, and are tried on every run."""
+
+
 # ---- hooks of a regularizer --------------------------------------------------------------------------------------
 
 
@@ -41,9 +46,9 @@ IDENTITIES: dict[str, Any] = {
 }
 
 
-@each(where(couples=False))
+@each_class(where(couples=False))
 @pytest.mark.parametrize("hook", IDENTITIES)
-@pytest.mark.parametrize("chunk_bytes", [1, 2**25])
+@pytest.mark.parametrize("chunk_bytes", [1, pytest.param(2**25, marks=pytest.mark.slow)])
 def test_hooks_that_change_nothing(case, hook, chunk_bytes):
     """The paths for per-task gradients and for coupled tasks give what the plain one gives."""
     (plain, batch), (hooked, _) = (
@@ -59,8 +64,8 @@ def mixing_penalty(learner: MetaLearner, theta: Any, episodes: Episode, out: Any
     return between + torch.stack([p.sum() for p in theta["net"].values()]).sum()
 
 
-@each(where(couples=False))
-@pytest.mark.parametrize("fits", [1, 3, 5])
+@each_class(where(couples=False))
+@pytest.mark.parametrize("fits", FITS)
 def test_a_penalty_that_couples_tasks(case, fits):
     """Chunked or not, its gradient is that of one graph over all tasks."""
     (plain, batch), learner = trained(case), create(case, regularizer=regularizer(penalty=mixing_penalty))
@@ -86,8 +91,8 @@ def soft_maximum(learner: MetaLearner, theta: Any, episodes: Episode, out: Any) 
     return out.loss.logsumexp(0) + sum(p.mean(0).square().sum() for p in out.phi.values())
 
 
-@each(where(couples=False))
-@pytest.mark.parametrize("fits", [1, 3, 5])
+@each_class(where(couples=False))
+@pytest.mark.parametrize("fits", FITS)
 def test_an_outer_objective_that_couples_tasks(case, fits):
     """Chunked or not, its gradient is that of one graph over all tasks."""
     learner, batch = with_outer(case, soft_maximum), meta_batch(tasks_for(case))
@@ -114,7 +119,7 @@ def test_tasks_of_other_ranks_cannot_be_coupled():
         meta_gradient(learner, batch._replace(total=2 * batch.total))
 
 
-@each(where(couples=False))
+@each_class(where(couples=False))
 def test_task_gradients_are_those_of_each_task(case):
     """Weighted by the hook: the weighted mean of the gradients of the tasks alone."""
     weights = torch.tensor([0.5, -1.0, 0.0, 2.0, 1.0], dtype=torch.float64)
