@@ -14,7 +14,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
 
   metalearn [group=member] [key=value] ...      one run
   metalearn -m key=a,b group=x,y ...            a sweep over the product
-  metalearn experiment=<paper>/<id>             a prepared sweep
+  metalearn experiment=<paper>/<id> [size=...]  a prepared sweep, or study; in the size that its file names so
   metalearn --cfg job [...]                     print the whole composed configuration
   metalearn --help <group>                      the keys of a group
   metalearn check grad [key=value] ...          whether a run's outer gradient is right, on its own model and data
