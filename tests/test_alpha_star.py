@@ -8,7 +8,7 @@ import torch
 from oracles import VALUES, assert_close, normal
 from torch import Tensor
 
-from metalearn.theory import alpha_star
+from metalearn.theory import alpha_star, stacks
 from metalearn.theory.alpha_star import (
     Estimate,
     bootstrap,
@@ -211,7 +211,7 @@ def test_tensors_in_chunks_are_iterables(monkeypatch):
     phi, psi = normal(7, 4, 3, seed=0), normal(7, 5, 3, seed=1)
     curvature = phi.mT @ phi
     for limit_of_memory in (2**22, 30):
-        monkeypatch.setattr(alpha_star, "CHUNK", limit_of_memory)
+        monkeypatch.setattr(stacks, "CHUNK", limit_of_memory)
         for estimator in (limit, deviation, heuristic, stacked):
             assert estimator(iter(phi)) == pytest.approx(estimator(phi), rel=1e-12)
         assert split(iter(phi), psi) == pytest.approx(split(phi, psi), rel=1e-12)

@@ -18,8 +18,8 @@ What is printed there and does not hold (`tests/test_alpha_star.py` has each cou
 - Example 2 at K = 1, alpha = E[Y^4] / (2 E[Y^6]), is right for d = 1 alone (see `iid_limit`).
 
 Shape letters: `T` tasks, `K` samples, `d` features. Features are one tensor `[T, K, d]` or an iterable of `[K, d]`,
-where K may differ; an iterable is passed through once, one task at a time. Everything is float64, on the smaller of
-G and Phi Phi^T, which have the same tr G^p. Tasks with other K weigh as in the meta-loss: G / K takes the place of G.
+where K may differ (`metalearn.theory.stacks`). Everything is float64, on the smaller of G and Phi Phi^T, which have the
+same tr G^p. Tasks with other K weigh as in the meta-loss: G / K takes the place of G.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ import torch
 from torch import Tensor
 
 from metalearn.random import Key
+from metalearn.theory.stacks import Features, pairs, stacks, tasks_at_once
 
-Features = Tensor | Iterable[Tensor]
 P = ParamSpec("P")
-CHUNK = 2**22
-"""Numbers of a feature tensor that are worked on at once."""
 
 
 class Estimate(NamedTuple):
@@ -92,7 +90,7 @@ class Terms(NamedTuple):
     def interval(self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
         """Percentile bootstrap interval over tasks, which are drawn with replacement."""
         tasks, key, found = len(self.values), Key(seed, "bootstrap"), []
-        for rows in torch.arange(resamples).split(max(1, CHUNK // max(1, self.values.numel()))):
+        for rows in torch.arange(resamples).split(tasks_at_once(self.values.numel())):
             which = key.integers(tasks, rows, size=tasks).to(self.values.device)
             found.append(self.of(self.values[which].sum(1)))
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.values.dtype, device=self.values.device)
@@ -140,7 +138,7 @@ def limit(features: Features) -> Terms:
     Also the default for over-parameterised models (K < d), on the K x K Gram matrices.
     """
     terms = []
-    for phi in _stacks(features):
+    for phi in stacks(features):
         g = _gram(phi) / phi.shape[1]
         terms.append(torch.stack([_trace(g, g), _trace(g @ g, g)], -1))
     return Terms(_joined(terms), _half_ratio)
@@ -155,7 +153,7 @@ def split(train: Features, validation: Features) -> Terms:
         validation: query features Phi_t of the same tasks, `[T, k2, d]`.
     """
     terms = []
-    for u, t in _pairs(train, validation):
+    for u, t in pairs(train, validation):
         u, t = u / math.sqrt(u.shape[1]), t / math.sqrt(t.shape[1])
         if u.shape[2] < u.shape[1]:
             g_u, g_t = u.mT @ u, t.mT @ t
@@ -178,8 +176,8 @@ def of_curvature(support: Features, query: Features | None = None) -> Terms:
         support: A, `[T, p, p]`, symmetric.
         query: B, `[T, p, p]`; A if None.
     """
-    pairs = ((a, a) for a in _stacks(support)) if query is None else _pairs(support, query)
-    terms = [torch.stack([_trace(a, b), _trace(a.mT @ b, a.mT)], -1) for a, b in pairs]
+    both = ((a, a) for a in stacks(support)) if query is None else pairs(support, query)
+    terms = [torch.stack([_trace(a, b), _trace(a.mT @ b, a.mT)], -1) for a, b in both]
     return Terms(_joined(terms), _ratio)
 
 
@@ -213,7 +211,7 @@ def stacked(features: Features) -> Terms:
 
     Psi as a whole is held in memory, and the smaller of Psi^T Psi and Psi Psi^T.
     """
-    chunks = list(_stacks(features))
+    chunks = list(stacks(features))
     sizes = [chunk.shape[1] for chunk in chunks for _ in chunk]
     psi = torch.cat([chunk.flatten(0, 1) for chunk in chunks]) if chunks else torch.empty(0, 1, dtype=torch.float64)
     if psi.shape[1] >= psi.shape[0]:
@@ -293,7 +291,7 @@ def corollary1(features: Features, *, deterministic: bool = False) -> Interval:
     which is a bound when all tasks have the same G.
     """
     total, tasks, width = 0.0, 0, 0
-    for phi in _stacks(features):
+    for phi in stacks(features):
         total, tasks, width = total + float(phi.square().sum()) / phi.shape[1], tasks + len(phi), phi.shape[2]
     variance = total / tasks
     return Interval(1 / (2 * (1 if deterministic else width) * variance), width / (2 * variance))
@@ -400,28 +398,6 @@ def _patterns(n: int) -> Iterator[tuple[int, ...]]:
 # ---- the smaller side --------------------------------------------------------------------------------------------
 
 
-def _stacks(features: Features, tasks: int | None = None) -> Iterator[Tensor]:
-    """Features as float64 `[t, K, d]`: one task of an iterable, or `tasks` (as many as `CHUNK` allows) of a tensor."""
-    if isinstance(features, Tensor):
-        if features.dim() != 3:
-            raise ValueError(f"features have shape {list(features.shape)}, not [T, K, d]")
-        for chunk in features.detach().split(tasks or max(1, CHUNK // max(1, features[:1].numel()))):
-            yield chunk.double()
-        return
-    for phi in features:
-        if phi.dim() != 2:
-            raise ValueError(f"a task's features have shape {list(phi.shape)}, not [K, d]")
-        yield phi.detach().double()[None]
-
-
-def _pairs(first: Features, second: Features) -> Iterator[tuple[Tensor, Tensor]]:
-    """`_stacks` of two, in step."""
-    tasks = 1
-    if isinstance(first, Tensor) and isinstance(second, Tensor):
-        tasks = max(1, CHUNK // max(1, first[:1].numel() + second[:1].numel()))
-    return zip(_stacks(first, tasks), _stacks(second, tasks), strict=True)
-
-
 def _joined(terms: list[Tensor]) -> Tensor:
     return torch.cat(terms) if terms else torch.empty(0, 2, dtype=torch.float64)
 
@@ -443,7 +419,7 @@ def _diagonal(a: Tensor) -> Tensor:
 def _entries(features: Features) -> Tensor:
     """For each task: rows, entries, their sum and sum of squares, `[T, 4]`."""
     terms = []
-    for phi in _stacks(features):
+    for phi in stacks(features):
         counts = phi.new_tensor([phi.shape[1], phi[0].numel()]).expand(len(phi), 2)
         terms.append(torch.cat([counts, phi.sum((1, 2))[:, None], phi.square().sum((1, 2))[:, None]], 1))
     return torch.cat(terms) if terms else torch.empty(0, 4, dtype=torch.float64)
