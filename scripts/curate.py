@@ -4,8 +4,8 @@ usage: python scripts/curate.py <cell folder> docs/runs/<experiment>/<name>
        python scripts/curate.py <output_dir> docs/runs/<experiment> [--by key,key] key=value [key=value ...]
 
 The second form takes every finished cell under output_dir whose configuration has these values (as text), and names it
-by the algorithm (or study), the values of --by, and the seed: maml/seed0, tsa_maml-m3/seed0. Two cells of one name are refused.
-The data set's path is replaced by `<dataset.root>`: a result names data by its content hash.
+by the algorithm (or study), the values of --by, and the seed: maml/seed0, tsa_maml-m3/seed0. Two cells of one name
+are refused. The data set's path is replaced by `<dataset.root>`: a result names data by its content hash.
 """
 
 import argparse

@@ -254,6 +254,25 @@ def test_results_are_listed_with_their_study(monkeypatch, place, capsys):
     assert "exponentials" in out and "algorithm" not in out.splitlines()[0]
 
 
+def test_a_report_says_which_claims_hold(monkeypatch, place):
+    """One HTML file: verdict, the experiment's own picture, every number; no figures of scores that are not there."""
+    from metalearn import experiment_report
+
+    metalearn(monkeypatch, place, "experiment=own/study")
+    where = [f"output_dir={place}/out", f"--config-dir={place}/conf", f"--output={place}/page.html"]
+    assert experiment_report.main(["experiment=own/study", *where]) == 0
+    page = (place / "page.html").read_text()
+    assert "rates differ" in page and "<td>holds</td>" in page and page.count("<img") == 1
+    assert "mean@alpha=0.25,law=exp" in page and "Adaptation" not in page
+
+
+def test_a_study_has_no_gradient_to_check(place):
+    from metalearn.check import command
+
+    with pytest.raises(BadInput, match="study=corollary1 trains nothing"):
+        command.main(["grad", "study=corollary1", f"output_dir={place}/out"])
+
+
 def test_a_plan_leaves_studies_out(cells, place):
     from metalearn.sweep import plan
 

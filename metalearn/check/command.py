@@ -8,7 +8,7 @@ from typing import Any
 from metalearn import cells
 from metalearn.ledger import CellDir, write_json
 from metalearn.options import Parser
-from metalearn.schema import BadInput
+from metalearn.schema import BadInput, is_study
 
 DESCRIPTION = """Check the outer gradient of a run before trusting it: on its own network, data, precision and keys.
 
@@ -47,6 +47,8 @@ def main(arguments: Sequence[str]) -> int:
     found = cells.expand(options.overrides)
     if len(found) != 1:
         raise BadInput(f"check: this names {len(found)} runs; check one at a time")
+    if is_study(found[0].config):
+        raise BadInput(f"check: study={found[0].config['study']['name']} trains nothing, so that it has no gradient")
     from metalearn.check.grad import check
 
     certificate = check(found[0], tasks=options.tasks, directions=options.directions)

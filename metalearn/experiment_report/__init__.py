@@ -90,6 +90,7 @@ def report(
     run = None if place is not None else shlex.join(["metalearn", "sweep", "run", *overrides])
     parts = [
         ("Status", sections.status(entries, run)),
+        ("Claims", sections.claims(entries, experiments, folders)),
         ("Tables", sections.published(experiments, overrides, place, folders)),
         ("Measured", sections.measured(entries)),
         ("Figures", sections.figures(entries, about)),

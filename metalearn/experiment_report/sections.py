@@ -8,14 +8,14 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
-from metalearn import results, tables
+from metalearn import results, shown, tables
 from metalearn.evaluation.metrics import qualifiers_of
 from metalearn.experiment_report.page import Html, Piece, details, markup, picture, table, tag
 from metalearn.figures import axes, draw, series
 from metalearn.figures.command import text as figure_text
 from metalearn.figures.series import Request
 from metalearn.results import Result
-from metalearn.schema import BadInput
+from metalearn.schema import BadInput, is_study
 from metalearn.schema.keys import show
 from metalearn.selection import Entry, dimensions, settings_of
 from metalearn.statistics import over_seeds
@@ -23,6 +23,8 @@ from metalearn.sweep.standing import FINISHED, STATES, duration
 
 MOST_LINES = 8
 """More lines than these are divided among panels."""
+MOST_COLUMNS = 24
+"""More scores than these are listed below each other."""
 DPI = 120
 
 
@@ -99,12 +101,20 @@ def measured(entries: Sequence[Entry]) -> list[Piece]:
         rows.append([*labels, *(_estimate(done, n) for n in names), str(len(done)), note])
     columns = [*keys, *(f"{n}{_unit(units[n])}" for n in names), "seeds", "not in the mean"]
     rows.sort(key=lambda row: [series.natural(str(c)) for c in row[: len(keys)]])
+    if len(columns) > MOST_COLUMNS:
+        return [table(*_turned(columns, rows), class_="words")]
     modes = ", ".join(dict.fromkeys(f"bn={r.data['protocol']['bn']}" for r in found))
     text = (
         "Means over seeds with 95 % intervals over seeds (Student's t); marked t: one seed, 95 % interval over its "
         f"test tasks. Names without bn= are of each run's headline mode ({modes or 'none yet'})."
     )
     return [table(columns, rows), tag("p", text)]
+
+
+def _turned(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> tuple[list[str], list[list[str]]]:
+    """A table with its rows as columns."""
+    lines = [list(line) for line in zip(columns, *rows, strict=True)]
+    return ["", *["value"] * len(rows)], lines
 
 
 def _unit(unit: str) -> str:
@@ -125,11 +135,29 @@ def _estimate(done: Sequence[Result], name: str) -> str:
     return f"{factor * estimate.mean:.4g}" + (f" ± {factor * half:.2g} t" if half is not None else "")
 
 
+# ---- claims ----------------------------------------------------------------------------------------------------
+
+
+def claims(entries: Sequence[Entry], experiments: Sequence[str], folders: Sequence[str]) -> list[Piece]:
+    """What the one experiment shows by itself, if its file says so: claims with their verdicts, and figures."""
+    found = finished(entries)
+    module = shown.module_of(experiments[0], folders) if len(experiments) == 1 else None
+    if module is None or not found:
+        return []
+    content = shown.show(experiments[0], module, found)
+    rows = [[f.claim, f.criterion, f.measured, shown.VERDICTS[f.holds]] for f in content.findings]
+    pieces: list[Piece] = [table(["claim", "criterion", "measured", "verdict"], rows, class_="words")]
+    pieces += [tag("p", note) for note in content.notes]
+    return [*pieces, *(picture(draw.encoded(f, "png", DPI), name) for name, f in content.figures.items())]
+
+
 # ---- pictures ------------------------------------------------------------------------------------------------------
 
 
 def figures(entries: Sequence[Entry], title: str) -> list[Piece]:
     """The score over each numeric key that was swept; over names, if no numeric key was."""
+    if _all_studies(entries):
+        return []
     keys = dimensions(entries)
     numeric = [k for k in keys if any(results.is_number(results.value(e.config, k)) for e in entries)]
     pieces = [_figure(entries, x, [k for k in keys if k != x], title) for x in numeric or keys[:1]]
@@ -138,7 +166,12 @@ def figures(entries: Sequence[Entry], title: str) -> list[Piece]:
 
 def curves(entries: Sequence[Entry], x: str, title: str) -> list[Piece]:
     """The score over adaptation steps, or the validation score over meta-steps."""
-    return [_figure(entries, x, dimensions(entries), title)]
+    return [] if _all_studies(entries) else [_figure(entries, x, dimensions(entries), title)]
+
+
+def _all_studies(entries: Sequence[Entry]) -> bool:
+    """Whether nothing was trained, so that there are no scores of adapted parameters."""
+    return all(is_study(e.config) for e in entries)
 
 
 def _figure(entries: Sequence[Entry], x: str, others: Sequence[str], title: str) -> Piece:
