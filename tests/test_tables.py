@@ -250,6 +250,21 @@ def test_several_results_of_one_seed_are_refused_with_the_keys_that_tell_them_ap
         make("mine/t1", ["algorithm.alhpa=1"], place=runs, config_dirs=conf())
 
 
+def test_seeds_of_other_settings_are_not_averaged(conf, runs):
+    shutil.rmtree(runs / "m12")
+    write(runs / "other", 0.6 + TASKS, seed=2, **{"algorithm.alpha": 0.4, "trainer.threads": 8})
+    with pytest.raises(BadInput) as error:
+        make("mine/t1", place=runs, config_dirs=conf())
+    assert "MAML, 1-shot: its seeds differ in algorithm.alpha (0.1, 0.4); choose one, as" in str(error.value)
+    found = entries(make("mine/t1", ["algorithm.alpha=0.1"], place=runs, config_dirs=conf()))
+    assert found["MAML", "1-shot"].seeds == (0, 1)
+    data = json.loads((runs / "other" / "result.json").read_text())
+    data["config"]["algorithm"] |= {"alpha": 0.1, "key_to_come": 1}  # which older results do not have
+    data["config"]["trainer"]["test_episodes"] = 7
+    (runs / "other" / "result.json").write_text(json.dumps(data))
+    assert entries(make("mine/t1", place=runs, config_dirs=conf()))["MAML", "1-shot"].seeds == (0, 1, 2)
+
+
 def test_diverged_seeds_are_counted_and_never_averaged(conf, runs):
     write(runs / "m12", 0.9 + TASKS, seed=2, status="diverged", metrics={})
     e = entries(make("mine/t1", place=runs, config_dirs=conf()))["MAML", "1-shot"]
