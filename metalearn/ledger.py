@@ -43,6 +43,22 @@ def read_json(path: Path) -> Any:
         return None
 
 
+RESULT_KEYS = ("cell_id", "config", "seed", "protocol", "status", "steps", "seconds", "metrics")
+"""What every result.json has."""
+
+
+def read_result(path: Path) -> dict[str, Any] | None:
+    """A result.json, or None where there is none, or something else under that name."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and all(k in found for k in RESULT_KEYS) else None
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """A status.json; empty where there is none, or something else under that name."""
+    found = read_json(path)
+    return found if isinstance(found, dict) and "state" in found else {}
+
+
 class Busy(RuntimeError):
     """Another process is working on the cell."""
 
@@ -69,13 +85,13 @@ class CellDir:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The finished result, if there is one."""
-        return read_json(self.path / "result.json")
+        """The finished result, if there is one that can be read."""
+        return read_result(self.path / "result.json")
 
     @property
     def status(self) -> dict[str, Any]:
-        """What status.json says; empty for a cell that was never started."""
-        return read_json(self.path / "status.json") or {}
+        """What status.json says; empty for a cell that was never started, or if it is damaged."""
+        return read_status(self.path / "status.json")
 
     def acquire(self) -> None:
         """Take the lock.
@@ -90,7 +106,7 @@ class CellDir:
             status = self.status
             who = (
                 f"process {status['pid']} on {status['host']} (attempt {status['attempt']})"
-                if status
+                if {"pid", "host", "attempt"} <= status.keys()
                 else "another process, which has just begun"
             )
             raise Busy(f"cell {self.cell_id} is being run by {who}") from None

@@ -7,6 +7,7 @@ that `rerun=true` archived (`old/<n>/`) do not.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from metalearn.evaluation.metrics import metric_name, qualifiers_of
-from metalearn.ledger import read_json
+from metalearn.ledger import read_result
 from metalearn.schema import MEMBERS, BadInput, fields_of
 from metalearn.schema.groups import Run
 from metalearn.schema.keys import show
@@ -69,11 +70,15 @@ class Result(NamedTuple):
         return rows.sort_values("episode", ignore_index=True)
 
     def every_episode(self) -> pd.DataFrame:
-        """All rows of episodes.parquet, of every mode and step."""
+        """All rows of episodes.parquet, of every mode and step; a damaged file is a warning and has none."""
         path = self.folder / "episodes.parquet"
-        if not path.is_file():
-            return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
-        return pd.read_parquet(path)
+        if path.is_file():
+            try:
+                return pd.read_parquet(path)
+            except (OSError, ValueError) as error:  # pyarrow's are of these
+                reason = " ".join(str(error).split())
+                warnings.warn(f"{path} cannot be read and is left out: {reason[:200]}", stacklevel=2)
+        return pd.DataFrame(columns=["episode", "bn", "step", "metric", "value", "loss", "group"])
 
     def values(self, *, bn: str | None = None, step: int | None = None, group: str | None = None) -> np.ndarray:
         """The metric of each episode, float64 in their order (see `episodes`); empty if the run diverged."""
@@ -103,7 +108,7 @@ def read_log(path: Path) -> pd.DataFrame:
 
 
 def find(place: str | Path) -> list[Result]:
-    """All results below a folder, in the order of their paths.
+    """All results below a folder, in the order of their paths; what only has a result's name is a warning.
 
     Raises:
         BadInput: if there is no such folder.
@@ -117,8 +122,12 @@ def find(place: str | Path) -> list[Result]:
 def _below(place: Path) -> Iterator[Result]:
     for folder, names, files in os.walk(place):
         names[:] = [n for n in names if n not in NOT_RESULTS]
-        if "result.json" in files and (data := read_json(Path(folder) / "result.json")) is not None:
-            yield Result(Path(folder), data)
+        if "result.json" in files:
+            path = Path(folder) / "result.json"
+            if (data := read_result(path)) is not None:
+                yield Result(Path(folder), data)
+            else:
+                warnings.warn(f"{path} is no result, or damaged, and is left out", stacklevel=2)
 
 
 def value(config: Mapping[str, Any], key: str) -> Any:

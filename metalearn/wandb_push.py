@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from metalearn import results, wandb_run
 from metalearn.evaluation.metrics import qualifiers_of
-from metalearn.ledger import CellDir, read_json
+from metalearn.ledger import CellDir, read_result, read_status
 from metalearn.options import Parser, read_cells, whole
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
@@ -165,7 +165,10 @@ def _is_cell(folder: Path) -> bool:
 
 
 def _id(folder: Path) -> str:
-    return (read_json(folder / "result.json") or read_json(folder / "status.json") or {}).get("cell_id", folder.name)
+    found: str = (read_result(folder / "result.json") or read_status(folder / "status.json")).get(
+        "cell_id", folder.name
+    )
+    return found
 
 
 def read(folder: Path, group: str | None = None) -> Stored:
@@ -178,7 +181,7 @@ def read(folder: Path, group: str | None = None) -> Stored:
     Raises:
         OSError, ValueError, KeyError: if what there must be is not there.
     """
-    result, status = read_json(folder / "result.json"), read_json(folder / "status.json") or {}
+    result, status = read_result(folder / "result.json"), read_status(folder / "status.json")
     path = folder / "metrics.jsonl"
     log = results.read_log(path).to_dict("records") if path.is_file() else []
     rows = [{str(k): v for k, v in row.items()} for row in log]
@@ -232,7 +235,7 @@ def table(cells: Sequence[Stored], project: str | None = None) -> str:
 def _headline(cell: Stored) -> str:
     if cell.state != "done":
         return str(cell.about["error"] or "-").splitlines()[0][:60]
-    metrics = read_json(cell.folder / "result.json")["metrics"]
+    metrics = (read_result(cell.folder / "result.json") or {})["metrics"]
     name = next((n for n in metrics if not qualifiers_of(n)), None)
     return "-" if name is None or metrics[name]["mean"] is None else f"{name} {metrics[name]['mean']:.4f}"
 

@@ -34,9 +34,27 @@ def test_find_reads_runs_and_curated_folders_but_no_archives(tmp_path):
     write(tmp_path / "curated" / "maml" / "seed1", seed=1)
     (tmp_path / "runs" / "b").mkdir()
     (tmp_path / "runs" / "b" / "result.json").write_text('{"half')
-    assert [r.data["seed"] for r in find(tmp_path)] == [1, 0]
+    with pytest.warns(UserWarning, match=r"runs/b/result.json is no result, or damaged"):
+        assert [r.data["seed"] for r in find(tmp_path)] == [1, 0]
     with pytest.raises(BadInput, match="no such folder"):
         find(tmp_path / "nothing")
+
+
+@pytest.mark.filterwarnings("ignore:.*is no result")
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"cell_id": "of another program"}'])
+def test_other_files_of_that_name_are_left_out(tmp_path, text):
+    write(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "result.json").write_text(text)
+    assert [r.folder.name for r in find(tmp_path)] == ["a"]
+
+
+def test_damaged_episodes_are_a_warning(tmp_path):
+    write(tmp_path / "a")
+    (r,) = find(tmp_path)
+    (tmp_path / "a" / "episodes.parquet").write_text("not parquet")
+    with pytest.warns(UserWarning, match=r"a/episodes.parquet cannot be read and is left out"):
+        assert len(r.values()) == 0 and r.metric("accuracy")["mean"] == 0.5
 
 
 def test_metric_and_episodes_are_those_of_the_mode(tmp_path):

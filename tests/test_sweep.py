@@ -31,7 +31,8 @@ def put(cell, state: str, *, heartbeat: float = 0.0, started: float = 50.0, erro
 
 
 def finish(cell, status: str = "done", **more) -> None:
-    result = {"status": status, "steps": 5, "seconds": 61.0, "config": cell.config, **more}
+    about = {"cell_id": cell.cell_id, "seed": cell.config["seed"], "config": cell.config, "protocol": {}, "metrics": {}}
+    result = about | {"status": status, "steps": 5, "seconds": 61.0, **more}
     write_json(CellDir(cell.config["output_dir"], cell.cell_id).path / "result.json", result)
 
 
@@ -82,6 +83,19 @@ def test_a_result_counts_whatever_the_status_says(six):
     put(six[0], "running", heartbeat=1000)
     finish(six[0])
     assert states(six[:1]) == ["done"]
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"status": "done"}', '"done"', "{"])
+def test_damaged_files_are_told_and_never_raise(six, queue, text):
+    one, two, three, *_ = six
+    finish(one)
+    (CellDir(one.config["output_dir"], one.cell_id).path / "result.json").write_text(text)
+    put(two, "done")
+    put(three, "running")
+    (CellDir(three.config["output_dir"], three.cell_id).path / "status.json").write_text(text)
+    found = standings(six[:3])
+    assert [s.state for s in found] == ["missing", "killed", "missing"]
+    assert "result.json is damaged" in found[0].why and found[1].why == "its result is gone"
 
 
 def test_the_queue_tells_what_has_not_begun(tmp_path, six, queue):

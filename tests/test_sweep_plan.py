@@ -314,6 +314,8 @@ def finish(cell: Cell, values: np.ndarray, seconds: float = 33.0) -> None:
         "status": "done",
         "seed": cell.config["seed"],
         "seconds": seconds,
+        "steps": 5,
+        "cell_id": cell.cell_id,
     }
     write_json(folder / "result.json", about | {"config": cell.config, "metrics": {"mse": {"mean": values.mean()}}})
 

@@ -73,7 +73,14 @@ def stored(output: Path, state: str, *overrides: str, silent: float = 3600, log=
     status = about | {"state": state, "attempt": 2, "heartbeat": beat.isoformat(timespec="seconds"), "error": None}
     (folder / "status.json").write_text(json.dumps(status | more))
     if state in ("done", "diverged"):
-        result = about | {"config": cell.config, "status": state, "steps": 30, "seconds": 3.75, "seed": 0}
+        result = about | {
+            "config": cell.config,
+            "status": state,
+            "steps": 30,
+            "seconds": 3.75,
+            "seed": 0,
+            "protocol": {},
+        }
         result |= {"git_commit": "abc", "metrics": METRICS if state == "done" else {}}
         (folder / "result.json").write_text(json.dumps(result | more))
     return cell.cell_id

@@ -72,7 +72,9 @@ def _standing(cell: Cell, queue: Queue) -> Standing:
         common |= {"step": result["steps"], "seconds": result["seconds"]}
         return Standing(cell, result["status"], why, **common)
     state, why = _unfinished(status, job, queue)
-    seconds = age(status["started"]) if state == "running" else None
+    if (directory.path / "result.json").exists():
+        why = f"its result.json is damaged, which is made again from its checkpoint{f'; {why}' if why else ''}"
+    seconds = age(status["started"]) if state == "running" and "started" in status else None
     return Standing(cell, state, why, seconds=seconds, **common)
 
 
@@ -83,7 +85,7 @@ def _unfinished(status: dict[str, Any], job: Submission | None, queue: Queue) ->
     if status.get("state") == "running" and silent is not None and silent < STALE_SECONDS:
         return "running", status.get("phase", "")
     if status.get("state") == "failed" and begun_since:
-        return "failed", status["error"] or ""
+        return "failed", status.get("error") or ""
     if job is not None and queue.alive(job):
         return "queued", f"job {job.job}, {queue.state(job).lower()}"
     if not status or not begun_since:
@@ -91,7 +93,9 @@ def _unfinished(status: dict[str, Any], job: Submission | None, queue: Queue) ->
             return "missing", ""
         return "killed", f"job {job.job} ended ({queue.state(job).lower()}) before it began the cell: {tail(job.log)}"
     if status["state"] == "killed":
-        return "killed", status["error"] or ""
+        return "killed", status.get("error") or ""
+    if status["state"] in FINISHED:
+        return "killed", "its result is gone"
     ended = f"; job {job.job}: {queue.state(job).lower()}" if job else ""
     return "killed", f"no heartbeat for {duration(silent or 0)} (host {status.get('host', '?')}){ended}"
 
