@@ -121,6 +121,30 @@ def test_a_cell_that_was_killed_before_its_submission_is_queued(tmp_path, six, q
     assert states(six[:1]) == ["failed"]
 
 
+def test_a_job_whose_queue_does_not_answer_is_not_given_up(tmp_path, six, queue, monkeypatch):
+    jobs.note(tmp_path, [six[0].cell_id], "9", "slurm", "log")
+    queue()
+    assert states(six[:1]) == ["killed"]  # squeue does not know it
+    for text in ("exit 1", "sleep 5"):
+        monkeypatch.setattr(jobs, "TIMEOUT_SECONDS", 0.5)
+        (tmp_path / "bin" / "squeue").write_text(f"#!/bin/sh\n{text}\n")
+        (found,) = standings(six[:1])
+        assert found.state == "queued" and "no answer from the queue" in found.why
+    queue(sacct="FAILED\n")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    assert states(six[:1]) == ["killed"]  # accounting knows how it ended
+
+
+def test_a_cell_of_the_noted_job_has_begun_whatever_the_clocks_say(tmp_path, six, queue):
+    jobs.note(tmp_path, [c.cell_id for c in six[:2]], "9_0", "slurm", "log")
+    put(six[0], "failed", started=3, error="ValueError: no", slurm_job_id="9_0")  # its node's clock is behind
+    put(six[1], "failed", started=3, error="ValueError: no", slurm_job_id="8_0")  # of the job before
+    assert states(six[:2]) == ["failed", "killed"]
+    jobs.note(tmp_path, [six[2].cell_id], "9_0", "slurm", "log", ago(60))
+    put(six[2], "failed", started=50, error="ValueError: no")
+    assert states(six[2:3]) == ["failed"]
+
+
 def test_nobody_who_knows_the_job_means_killed(tmp_path, six, monkeypatch):
     monkeypatch.setenv("PATH", "")
     jobs.note(tmp_path, [six[0].cell_id], "9", "slurm", "log")

@@ -12,8 +12,12 @@ from typing import Any, NamedTuple
 from metalearn.ledger import now, read_json, write_json
 
 WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SUSPENDED", "RESV_DEL_HOLD")
-ALIVE = (*WAITING, "RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED")
-"""SLURM's states of a job that will go on or end by itself."""
+NO_ANSWER = "NO ANSWER FROM THE QUEUE"
+"""The state of a job of a queue that is there but does not answer: it may wait or run."""
+ALIVE = (*WAITING, "RUNNING", "COMPLETING", "STAGE_OUT", "SIGNALING", "STOPPED", NO_ANSWER)
+"""SLURM's states of a job that will go on or end by itself, and what is taken for that."""
+TIMEOUT_SECONDS = 60
+"""How long a command of SLURM may take."""
 
 
 class Submission(NamedTuple):
@@ -33,16 +37,28 @@ def _path(output_dir: str | Path, cell_id: str) -> Path:
     return Path(output_dir) / "submitted" / f"{cell_id}.json"
 
 
-def note(output_dir: str | Path, cell_ids: Iterable[str], job: str, executor: str, log: str) -> None:
-    """Remember which job runs these cells."""
+def note(
+    output_dir: str | Path, cell_ids: Iterable[str], job: str, executor: str, log: str, submitted: str | None = None
+) -> None:
+    """Remember which job runs these cells.
+
+    Args:
+        output_dir: see above.
+        cell_ids: see above.
+        job: see `Submission`.
+        executor: see `Submission`.
+        log: see `Submission`.
+        submitted: a time before the job can have begun; None for now.
+    """
     for cell_id in cell_ids:
-        write_json(_path(output_dir, cell_id), Submission(job, executor, now(), log)._asdict())
+        write_json(_path(output_dir, cell_id), Submission(job, executor, submitted or now(), log)._asdict())
 
 
 def submission(output_dir: str | Path, cell_id: str) -> Submission | None:
     """The latest submission of a cell, if there was one."""
-    found: dict[str, Any] | None = read_json(_path(output_dir, cell_id))
-    return None if found is None else Submission(**found)
+    found: Any = read_json(_path(output_dir, cell_id))
+    whole = isinstance(found, dict) and found.keys() == set(Submission._fields)
+    return Submission(**found) if whole else None
 
 
 class Queue:
@@ -53,19 +69,21 @@ class Queue:
 
     def __init__(self) -> None:
         self._squeue: dict[str, str] | None = None
+        self._asked = False
         self._sacct: dict[str, str] = {}
 
     def state(self, found: Submission) -> str:
-        """SLURM's word for the job's state; `UNKNOWN` if nobody here knows."""
+        """SLURM's word for the job's state; `UNKNOWN` if nobody here knows, `NO_ANSWER` if squeue fails."""
         if found.executor == "local":
             return "RUNNING" if _is_job(int(found.job)) else "COMPLETED"
-        if self._squeue is None:
-            self._squeue = _squeue()
+        if not self._asked:
+            self._squeue, self._asked = _squeue(), True
         if self._squeue is not None and found.job in self._squeue:
             return self._squeue[found.job]
         if found.job not in self._sacct:
             self._sacct[found.job] = _sacct(found.job)
-        return self._sacct[found.job]
+        state = self._sacct[found.job]
+        return NO_ANSWER if state == "UNKNOWN" and self._squeue is None else state
 
     def alive(self, found: Submission) -> bool:
         """Whether the job waits or runs."""
@@ -87,31 +105,35 @@ def _is_job(pid: int) -> bool:
     return b"submitit" in command or b"metalearn.sweep.work" in command
 
 
-def _squeue() -> dict[str, str]:
-    """States of this user's jobs by name."""
+def _said(*command: str) -> str | None:
+    """What a command of SLURM prints; None if it fails or does not answer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_SECONDS)
+    except (subprocess.TimeoutExpired, OSError):
+        return None
+    return done.stdout if done.returncode == 0 else None
+
+
+def _squeue() -> dict[str, str] | None:
+    """States of this user's jobs by name; none on a machine without squeue, None if it fails."""
     if shutil.which("squeue") is None:
         return {}
-    command = ["squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T"]
-    text = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60).stdout
-    return dict(line.split("|", 1) for line in text.splitlines() if "|" in line)
+    text = _said("squeue", "--noheader", "--array", "--me", "--states=all", "--format=%i|%T")
+    return None if text is None else dict(line.split("|", 1) for line in text.splitlines() if "|" in line)
 
 
 def _sacct(job: str) -> str:
     """How a job that left the queue ended."""
     if shutil.which("sacct") is None:
         return "UNKNOWN"
-    command = ["sacct", "-X", "--noheader", "--parsable2", "--format=State", "-j", job]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    states = [line.split()[0] for line in done.stdout.splitlines() if line.strip()]
-    return states[-1] if done.returncode == 0 and states else "UNKNOWN"
+    text = _said("sacct", "-X", "--noheader", "--parsable2", "--format=State", "-j", job)
+    states = [line.split()[0] for line in (text or "").splitlines() if line.strip()]
+    return states[-1] if states else "UNKNOWN"
 
 
 def has_accounting() -> bool:
     """Whether sacct answers, so that a job that died without a word is noticed."""
-    if shutil.which("sacct") is None:
-        return False
-    done = subprocess.run(["sacct", "-X", "-n", "-S", "now"], capture_output=True, check=False, timeout=60)
-    return done.returncode == 0
+    return shutil.which("sacct") is not None and _said("sacct", "-X", "-n", "-S", "now") is not None
 
 
 def tail(path: str, lines: int = 3) -> str:

@@ -15,7 +15,7 @@ from filelock import FileLock
 
 from metalearn.cells import Cell
 from metalearn.launchers import executor, is_launcher
-from metalearn.ledger import CellDir, write_json
+from metalearn.ledger import CellDir, now, write_json
 from metalearn.results import value
 from metalearn.schema import BadInput
 from metalearn.sweep import jobs
@@ -94,11 +94,12 @@ def submit(cells: Sequence[Cell], flags: Sequence[str], launcher: dict[str, Any]
     kept = [f for f in flags if not is_launcher(f)]
     groups = packs(cells, launcher.get("cells_per_job", 1))
     work = [Work([[o for o in c.overrides if not o.startswith("rerun=")] for c in g], kept) for g in groups]
+    began = now()
     submitted = _submitit(work, launcher, name, output / "jobs", max(devices))
     found = []
     for job, group in zip(submitted, groups, strict=True):
         log = str(job.paths.stdout)
-        jobs.note(cells[0].config["output_dir"], [c.cell_id for c in group], job.job_id, name, log)
+        jobs.note(cells[0].config["output_dir"], [c.cell_id for c in group], job.job_id, name, log, began)
         found.append(Job(job.job_id, group, log))
     return found
 
@@ -150,6 +151,7 @@ def in_background(cells: Sequence[Cell], flags: Sequence[str], output_dir: str) 
     """Run cells in a process of this machine that outlives this one; its id and the file that it writes to."""
     folder = Path(output_dir).absolute() / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     write_json(folder / "work.json", {"cells": [list(c.overrides) for c in cells], "flags": list(flags)})
+    began = now()
     with open(folder / "log", "ab") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "metalearn.sweep.work", str(folder / "work.json")],
@@ -158,7 +160,7 @@ def in_background(cells: Sequence[Cell], flags: Sequence[str], output_dir: str) 
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    jobs.note(output_dir, [c.cell_id for c in cells], str(process.pid), "local", str(folder / "log"))
+    jobs.note(output_dir, [c.cell_id for c in cells], str(process.pid), "local", str(folder / "log"), began)
     return process.pid, folder / "log"
 
 

@@ -80,7 +80,7 @@ def _standing(cell: Cell, queue: Queue) -> Standing:
 
 def _unfinished(status: dict[str, Any], job: Submission | None, queue: Queue) -> tuple[str, str]:
     """State and reason of a cell without a result."""
-    begun_since = job is None or status.get("started", "") >= job.submitted
+    begun_since = job is None or status.get("slurm_job_id") == job.job or status.get("started", "") >= job.submitted
     silent = age(status["heartbeat"]) if "heartbeat" in status else None
     if status.get("state") == "running" and silent is not None and silent < STALE_SECONDS:
         return "running", status.get("phase", "")

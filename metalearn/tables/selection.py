@@ -13,7 +13,7 @@ from metalearn.tables.definition import Column, Row, Table, unavailable
 
 MOST_KEYS = 4
 OF_THE_TEST = ("evaluation.seed", "evaluation.steps", "trainer.test_episodes")
-"""Keys in which the seeds of one cell may differ, for they say on which and how many episodes the same thing is measured."""
+"""Keys in which the seeds of one cell may differ: on which and how many episodes the same thing is measured."""
 
 
 class Chosen(NamedTuple):
