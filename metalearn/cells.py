@@ -79,7 +79,12 @@ class Axis(NamedTuple):
 
 
 def expand(
-    arguments: Sequence[str], config_dirs: Sequence[str] = (), *, to_run: bool = True, tolerant: bool = False
+    arguments: Sequence[str],
+    config_dirs: Sequence[str] = (),
+    *,
+    to_run: bool = True,
+    tolerant: bool = False,
+    grid: bool = True,
 ) -> list[Cell]:
     """All cells that a command line means, in order, without repetition.
 
@@ -94,6 +99,8 @@ def expand(
         to_run: False if the cells are only to be shown: required keys may lack a value, the data need not be there,
             and the ids mean nothing.
         tolerant: keep a cell that cannot be run here, with its `problem`, instead of raising.
+        grid: False for the overrides of one cell, whose values are all there: products of the experiment that it does
+            not belong to may have these values, too.
 
     Raises:
         BadInput: for a key, name, value or combination that cannot be.
@@ -102,7 +109,7 @@ def expand(
     axes, sizes = [a for a in given if a.name != "size"], [s for a in given if a.name == "size" for s in a.values]
     with _composer([*config_dirs, *search_paths(arguments)]):
         products = [{a.name: a.values for a in axes}]
-        if any(a.name == "experiment" for a in axes):
+        if grid and any(a.name == "experiment" for a in axes):
             products = [p for e in _experiments(axes) for s in sizes or ("",) for p in _with_grid(e, axes, s)]
         elif sizes:
             raise BadInput(f"size={sizes[0]}: needs experiment=<paper>/<id>, whose file says what its sizes are")
@@ -333,7 +340,8 @@ def _compose(choices: tuple[str, ...]) -> DictConfig:
     try:
         return compose("config", overrides=[*choices, *extra], return_hydra_config=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise BadInput(" ".join(str(error).split())[:300]) from None
+        cause = str(error.__cause__ or "").partition("\n")[0]
+        raise BadInput(" ".join(f"{error}{cause and f': {cause}'}".split())[:300]) from None
 
 
 def members(group: str, config_dirs: Sequence[str] = ()) -> list[str]:

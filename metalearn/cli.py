@@ -78,7 +78,7 @@ def work(commands: Sequence[Sequence[str]], flags: Sequence[str]) -> int:
     parsed, rest = get_args_parser().parse_known_args(list(flags))
     places = [parsed.config_dir] if parsed.config_dir else []
     own = [a for a in (*parsed.overrides, *rest) if cells.is_hydra(a)]
-    found = [cell for command in commands for cell in cells.expand([*command, *own], places)]
+    found = [cell for command in commands for cell in cells.expand([*command, *own], places, grid=False)]
     FLAGS[:] = list(flags)
     pending = sweeper.PENDING[:] = sweeper.unfinished(found)
     if pending:

@@ -44,6 +44,23 @@ def one(*arguments: str, config_dirs=()) -> cells.Cell:
     return cell
 
 
+def test_the_overrides_of_a_cell_mean_it_alone(conf):
+    """Products with equal values: a job that names a cell of one runs nothing of the other."""
+    text = """# @package _global_
+defaults:
+  - override /dataset: sinusoid
+grid:
+  - {algorithm: [maml], algorithm.alpha: [0.1, 0.2]}
+  - {algorithm: [maml], algorithm.inner_steps: [2, 3]}
+"""
+    folders = conf("experiment/mine", text)
+    found = expand(["experiment=mine"], folders)
+    assert len(found) == 4
+    for cell in found:
+        (again,) = expand(cell.overrides, folders, grid=False)
+        assert again.cell_id == cell.cell_id
+
+
 def ids(*arguments: str) -> tuple[str, str]:
     cell = one(*arguments)
     return cell.train_id, cell.cell_id
