@@ -106,6 +106,18 @@ def test_measured_means_are_over_seeds(made):
     assert rows[2] == ["0.03", "", "0", "1 diverged, 1 failed, 1 missing"]
 
 
+def test_a_mean_says_which_seeds_it_lacks(tmp_path):
+    line = ["dataset=sinusoid", f"output_dir={tmp_path}", "algorithm.alpha=0.01,0.02", "seed=0,1,2"]
+    for cell in cells.expand(line):
+        alpha, seed = cell.config["algorithm"]["alpha"], cell.config["seed"]
+        stored.store(cell, None if alpha == 0.02 or seed == 2 else 1.0 + seed)
+    out = tmp_path / "page.html"
+    assert reports.main([*line, "--output", str(out)]) == 0
+    first, second = Reader(out.read_text()).rows["Measured"][1:]
+    assert first[1].startswith("1.5 ± ") and first[1].endswith(" (2 of 3 seeds; others not finite)")
+    assert second[1] == "not finite"
+
+
 def test_errors_are_shown_as_text(made):
     _, text, read = made
     assert "<script" not in text

@@ -93,6 +93,14 @@ def test_failures_say_why(sweep):
     assert list(drawn.absent) == ["failed: RuntimeError: out of memory"]
 
 
+def test_a_number_that_is_not_finite_is_called_that(sweep):
+    line, found = sweep("algorithm.alpha=0.01,0.02", "seed=0")
+    stored.store(found[0], 1.0)
+    stored.store(found[1], None)
+    drawn = plot(line, x="algorithm.alpha")
+    assert drawn.absent == {"mse is not finite": ["algorithm.alpha=0.02"]}
+
+
 def test_diverged_runs_are_crosses_with_their_number(sweep):
     line, found = sweep("algorithm.alpha=0.01,0.02", "seed=0,1,2")
     for cell in found:

@@ -461,6 +461,12 @@ def test_footnotes_are_numbered_once_and_runs_of_marks_joined(filled):
     assert (ranges([5, 1, 2, 3]), ranges([])) == ("1-3,5", "")
 
 
+def test_results_from_elsewhere_are_not_promised_to_be_left_alone(finished):
+    text = render(make("gradagree/fig1", place=finished))
+    assert "nothing that is finished" not in text
+    assert "missing cells: 2; this runs them, with all others that are not finished in its own output_dir:" in text
+
+
 # ---- the verbs ---------------------------------------------------------------------------------------------------
 
 

@@ -123,16 +123,18 @@ def _unit(unit: str) -> str:
 
 
 def _estimate(done: Sequence[Result], name: str) -> str:
-    """Mean and half-width in the unit of display."""
-    values = [m for r in done if (m := r.data["metrics"].get(name)) is not None and m["mean"] is not None]
+    """Mean and half-width in the unit of display, and of how many seeds, if some have no finite number."""
+    found = [m for r in done if (m := r.data["metrics"].get(name)) is not None]
+    values = [m for m in found if m["mean"] is not None]
     if not values:
-        return ""
+        return "not finite" if found else ""
+    some = f" ({len(values)} of {len(found)} seeds; others not finite)" if len(values) < len(found) else ""
     factor = axes.SCALES.get(values[0]["unit"], 1.0)
     estimate = over_seeds([m["mean"] for m in values])
     if len(values) > 1:
-        return f"{factor * estimate.mean:.4g} ± {factor * estimate.half:.2g}"
+        return f"{factor * estimate.mean:.4g} ± {factor * estimate.half:.2g}{some}"
     half = values[0]["ci95"]
-    return f"{factor * estimate.mean:.4g}" + (f" ± {factor * half:.2g} t" if half is not None else "")
+    return f"{factor * estimate.mean:.4g}" + (f" ± {factor * half:.2g} t" if half is not None else "") + some
 
 
 # ---- claims ----------------------------------------------------------------------------------------------------

@@ -328,7 +328,10 @@ class _Maker:
                 reason = f"{e.state}: {_first_line(e.error)}" if e.error else e.state
                 self.absent.setdefault(reason, []).append(e.name)
             elif e.result is not None and not self._is_read(e.result, read):
-                self.absent.setdefault(f"no {self._what()}", []).append(e.name)
+                named = e.result.metric(self.metric, bn=self.bn) if self.over_keys else None
+                infinite = named is not None and named["mean"] is None
+                reason = f"{self._what()} is not finite" if infinite else f"no {self._what()}"
+                self.absent.setdefault(reason, []).append(e.name)
 
     def _is_read(self, result: Result, read: set[tuple[Place, int]]) -> bool:
         place, seed = self._place(result.config, result), result.data["seed"]

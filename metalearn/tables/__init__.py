@@ -50,7 +50,8 @@ def make(
     if place is not None:
         filled = fill(table, select(table, asked_for(overrides, folders, place)), baseline)
         entries = tuple(_with_command(e, experiment) for e in filled.entries)
-        return filled._replace(entries=entries, command=experiment and f"metalearn experiment={experiment}")
+        command = experiment and shlex.join(["metalearn", *_options(config_dirs), f"experiment={experiment}"])
+        return filled._replace(entries=entries, command=command, elsewhere=True)
     if experiment is None and overrides:
         raise BadInput(f"{name}: no experiment is prepared for this table, so that {overrides[0]} needs --from FOLDER")
     given = [f"experiment={experiment}", *(o for o in overrides if not o.startswith("experiment="))]

@@ -70,7 +70,8 @@ class Entry(NamedTuple):
 class Filled(NamedTuple):
     """A table with its entries, row by row.
 
-    baseline: the label of a row. remarks: hold for all of it. command: runs what is missing and nothing else.
+    baseline: the label of a row. remarks: hold for all of it. command: runs what is missing and nothing else, unless
+    the results are from elsewhere than where it looks for them.
     """
 
     table: Table
@@ -78,6 +79,7 @@ class Filled(NamedTuple):
     baseline: str | None
     remarks: tuple[str, ...]
     command: str | None = None
+    elsewhere: bool = False
 
     def counts(self, entries: Sequence[Entry] | None = None) -> dict[str, int]:
         """How many entries have each verdict, those without any left out."""

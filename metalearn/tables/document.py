@@ -25,7 +25,8 @@ class Grid(NamedTuple):
 class Document(NamedTuple):
     """What every format prints: title, grids, numbered notes (mark and text), and further paragraphs.
 
-    command: what runs the missing cells that can be run (so many: `runs`) and nothing that is finished.
+    command: what runs the missing cells (so many: `runs`) and nothing that is finished, unless the results are from
+    elsewhere.
     """
 
     name: str
@@ -36,10 +37,15 @@ class Document(NamedTuple):
     paragraphs: list[str]
     command: str | None = None
     runs: int = 0
+    elsewhere: bool = False
 
 
 def invitation(doc: Document) -> str:
     """The words before the command that runs what is missing."""
+    if doc.elsewhere:
+        return (
+            f"missing cells: {doc.runs}; this runs them, with all others that are not finished in its own output_dir:"
+        )
     return f"missing cells that can be run: {doc.runs}; this runs them, and nothing that is finished:"
 
 
@@ -56,7 +62,7 @@ def document(filled: Filled) -> Document:
     paragraphs = [_legend(filled), *filled.remarks, *table.notes]
     runs = sum(e.verdict == MISSING and bool(e.commands) for e in filled.entries)
     command = filled.command if runs else None
-    return Document(table.name, table.title, grids, _counts(filled), notes, paragraphs, command, runs)
+    return Document(table.name, table.title, grids, _counts(filled), notes, paragraphs, command, runs, filled.elsewhere)
 
 
 def _notes(e: Entry) -> tuple[str, ...]:
