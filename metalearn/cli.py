@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 from metalearn import cells, launchers, shown, sweeper
 from metalearn.help import usage
 from metalearn.ledger import Busy, CellDir, leads
+from metalearn.options import refuse_place
 from metalearn.paths import conf_dir
 from metalearn.results import Result
 from metalearn.schema import BadInput
@@ -115,7 +116,7 @@ def _main(arguments: list[str]) -> int:
     if many:
         print(f"{len(found)} cells, {len(found) - len(pending)} of them finished", file=sys.stderr)
     for cell in pending:
-        _refuse_files(cell.config["output_dir"])
+        refuse_place(cell.config["output_dir"])
     launcher = launchers.settings(overrides, folders) if many else launchers.BASIC
     if pending and launchers.executor(launcher) is not None:
         _queue(pending, flags, launcher)
@@ -166,13 +167,6 @@ def _only_experiments_sweep(overrides: list[str]) -> None:
     if not any(o.startswith("experiment=") for o in overrides):
         for swept in cells.swept(overrides):
             raise BadInput(f"{swept}: several values need -m (a sweep); a text with commas needs quotes within quotes")
-
-
-def _refuse_files(output_dir: str) -> None:
-    place = Path(output_dir).absolute()
-    existing = next(p for p in (place, *place.parents) if p.exists())
-    if not existing.is_dir():
-        raise BadInput(f"output_dir={output_dir}: {existing} is a file; name a folder")
 
 
 def _hydra(arguments: list[str]) -> int:

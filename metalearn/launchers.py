@@ -78,10 +78,12 @@ def executor(launcher: dict[str, Any]) -> str | None:
 
 
 def _check(launcher: dict[str, Any]) -> None:
-    for name, least in (("timeout_min", 1), ("cells_per_job", 1), ("array_parallelism", 1), ("nodes", 1)):
+    for name, least in (("timeout_min", 1), ("cells_per_job", 1), ("array_parallelism", 1)):
         value = launcher.get(name, least)
         if value < least:
             raise BadInput(f"hydra.launcher.{name}={value}: must be >= {least}")
+    if launcher.get("nodes", 1) != 1:
+        raise BadInput(f"hydra.launcher.nodes={launcher['nodes']}: must be 1: all ranks of a cell are on one machine")
     if "signal_delay_s" in launcher and launcher["signal_delay_s"] >= 60 * launcher["timeout_min"]:
         limit = 60 * launcher["timeout_min"]
         raise BadInput(

@@ -117,7 +117,8 @@ class CellDir:
 
     def start(self, config: dict[str, Any], train_id: str) -> int:
         """Begin an attempt and return its number, from 1."""
-        attempt = self.status.get("attempt", 0) + 1
+        before = self.status
+        attempt = before.get("attempt", 0) + 1
         self._status = {
             "state": "running",
             "cell_id": self.cell_id,
@@ -128,6 +129,7 @@ class CellDir:
             "slurm_job_id": slurm_job(),
             "started": now(),
             "error": None,
+            "failures": before.get("failures", 0),
         }
         self.path.mkdir(parents=True, exist_ok=True)
         for stale in (
@@ -161,6 +163,7 @@ class CellDir:
             return
         self._ended.set()
         self._status |= {"state": state, "error": error}
+        self._status["failures"] += state == "failed"
         self.beat(force=True)
 
     def archive(self) -> None:

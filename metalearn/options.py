@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
 from metalearn import cells
@@ -40,6 +42,24 @@ class Parser(argparse.ArgumentParser):
 def read_cells(options: argparse.Namespace, *, tolerant: bool = True) -> list[Cell]:
     """The cells that the groups and keys of a verb mean (see `Parser.take_cells`)."""
     return cells.expand(options.overrides, config_dirs(options), tolerant=tolerant)
+
+
+def refuse_place(output_dir: str) -> None:
+    """Refuse a folder of results that cannot be made or written to.
+
+    Raises:
+        BadInput: naming it.
+    """
+    place = Path(output_dir).absolute()
+    existing = next(p for p in (place, *place.parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(f"output_dir={output_dir}: {existing} is a file; name a folder")
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(f"output_dir={output_dir}: cannot be made: {error.strerror}") from None
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise BadInput(f"output_dir={output_dir}: cannot be written to")
 
 
 def config_dirs(options: argparse.Namespace) -> list[str]:

@@ -146,6 +146,10 @@ def test_status_tells_attempt_state_and_progress(tmp_path, monkeypatch):
     assert (cell.status["state"], cell.status["error"]) == ("failed", "ValueError: no")
     again = CellDir(tmp_path, "abc")
     assert again.start({}, "def") == 2 and again.status["error"] is None
+    again.finish("killed")
+    assert again.start({}, "def") == 3
+    again.finish("failed")
+    assert again.status["failures"] == 2
 
 
 def test_archiving_keeps_every_old_run(tmp_path):

@@ -186,7 +186,37 @@ def test_run_submits_what_nobody_has_and_nothing_else(tmp_path, six, queue, subm
     assert submitted == [] and "would submit: 2 cells" in capsys.readouterr().out
     assert sweep("run", tmp_path) == 0
     assert submitted == [six[3].cell_id, six[5].cell_id]
-    assert "1 failed" in capsys.readouterr().out
+    assert "left alone: 1 failed; metalearn sweep repair runs them again" in capsys.readouterr().out
+
+
+def test_a_dry_run_writes_nothing(tmp_path, submitted):
+    assert sweep("run", tmp_path / "new", "--dry-run") == 0
+    assert submitted == [] and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(("place", "said"), [("file", "file is a file"), ("/proc/nothing", "cannot be made")])
+@pytest.mark.parametrize("action", ["run", "repair", "plan"])
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path, submitted, monkeypatch, action, place, said):
+    (tmp_path / "file").write_text("")
+    place = str(tmp_path / place)  # an absolute one stands alone
+    with pytest.raises(BadInput, match=f"output_dir={place}: .*{said}"):
+        main([action, *TINY, f"output_dir={place}"])
+    assert submitted == []
+
+
+def test_a_state_that_there_is_not_is_refused(tmp_path):
+    with pytest.raises(BadInput, match="--state killd: must be one of .*did you mean 'killed'"):
+        main(["status", "--state", "done,killd", *TINY, f"output_dir={tmp_path}"])
+
+
+def test_repair_counts_failures_not_preemptions_and_says_what_it_leaves(tmp_path, six, queue, submitted, capsys):
+    put(six[0], "failed", error="OSError: disk full", attempt=7, failures=1)  # preempted six times
+    put(six[1], "failed", error="ValueError: no", attempt=7, failures=3)
+    assert sweep("repair", tmp_path) == 0
+    said = capsys.readouterr().out
+    assert submitted == [six[0].cell_id]
+    assert "left alone: 1 failed; failed 3 times or more; --max-attempts allows more" in said
+    assert "left alone: 4 missing; metalearn sweep run submits them" in said
 
 
 def test_repair_says_why_and_counts_attempts(tmp_path, six, queue, submitted, capsys):
@@ -225,6 +255,8 @@ def test_status_shows_the_grid_and_says_whether_it_is_complete(tmp_path, six, qu
         (["hydra/launcher=slurm", "hydra.launcher.partitoin=x"], "hydra.launcher.partitoin"),
         (["hydra/launcher=slurm", "hydra.launcher.timeout_min=2"], "signal_delay_s=120: must be < 120"),
         (["hydra/launcher=slurm", "hydra.launcher.cells_per_job=0"], "cells_per_job=0: must be >= 1"),
+        (["hydra/launcher=slurm", "hydra.launcher.nodes=2"], "nodes=2: must be 1"),
+        (["hydra/launcher=slurm", "hydra.launcher.timeout_min=x"], "timeout_min=x: .*'x' .* converted to Integer"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(settings, said, monkeypatch):

@@ -110,8 +110,7 @@ def _check_devices(devices: set[int], launcher: dict[str, Any], name: str) -> No
     (count,) = devices
     if name == "local" and count > 1:
         raise BadInput(f"trainer.devices={count}: hydra/launcher=submitit_local runs cells of one process")
-    tasks = launcher["tasks_per_node"] * launcher["nodes"]
-    if tasks not in (1, count):
+    if launcher["tasks_per_node"] not in (1, count):
         raise BadInput(f"hydra.launcher.tasks_per_node={launcher['tasks_per_node']}: must be trainer.devices={count}")
 
 
@@ -124,7 +123,7 @@ def _submitit(work: list[Work], launcher: dict[str, Any], name: str, folder: Pat
     queue = submitit.AutoExecutor(folder=folder / "%j", cluster=name, **own)
     given = {k: v for k, v in launcher.items() if k not in NOT_PASSED_ON and v is not None and v != {}}
     given["name"] = "metalearn" if "${" in str(given["name"]) else given["name"]
-    given["tasks_per_node"] = devices // launcher["nodes"]
+    given["tasks_per_node"] = devices
     queue.update_parameters(**{k if k in COMMON else f"{name}_{k}": v for k, v in given.items()})
     try:
         with queue.batch():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from metalearn.cells import Cell
-from metalearn.options import Parser, config_dirs, read_cells, whole
+from metalearn.options import Parser, config_dirs, read_cells, refuse_place, whole
 from metalearn.schema import BadInput, is_study
 from metalearn.sweep.calibrate import Book
 from metalearn.sweep.forecast import forecast
@@ -48,6 +48,8 @@ def main(arguments: Sequence[str]) -> int:
     options = parser().parse_intermixed_args(list(arguments))
     cells = _trained(read_cells(options))
     keep, measures = options.calibrate is not True, options.calibrate is not False
+    if measures:
+        refuse_place(cells[0].config["output_dir"])
     book = Book(
         cells[0].config["output_dir"], config_dirs(options), seconds=options.seconds, keep=keep, measures=measures
     )

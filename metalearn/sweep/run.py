@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from metalearn import cells, launchers
-from metalearn.options import Parser, config_dirs, read_cells
+from metalearn.options import Parser, config_dirs, read_cells, refuse_place
 from metalearn.schema import BadInput
 from metalearn.sweep import jobs, launch
 from metalearn.sweep.standing import Standing, standings
@@ -27,7 +28,8 @@ all. Nothing has to stay alive here. Killed cells go on from their last checkpoi
 def main(arguments: Sequence[str]) -> int:
     """Submit missing and killed cells."""
     p = parser("sweep run", DESCRIPTION)
-    return submit(p, arguments, lambda s: s.state in ("missing", "killed") or s.cell.config["rerun"])
+    left = {"failed": "metalearn sweep repair runs them again"}
+    return submit(p, arguments, lambda s: s.state in ("missing", "killed") or s.cell.config["rerun"], left)
 
 
 def parser(verb: str, description: str) -> Parser:
@@ -38,8 +40,16 @@ def parser(verb: str, description: str) -> Parser:
     return p
 
 
-def submit(p: Parser, arguments: Sequence[str], wanted: Callable[[Standing], bool]) -> int:
+def submit(
+    p: Parser, arguments: Sequence[str], wanted: Callable[[Standing], bool], left_alone: Mapping[str, str]
+) -> int:
     """Submit the cells that are wanted and that nobody has in hand.
+
+    Args:
+        p: of the action.
+        arguments: of the action.
+        wanted: whether a cell that nobody has in hand is to be submitted.
+        left_alone: what to say of cells that are not, by their state.
 
     Returns:
         The exit code: 2 if a cell cannot be run here, else 0.
@@ -53,7 +63,9 @@ def submit(p: Parser, arguments: Sequence[str], wanted: Callable[[Standing], boo
         print("metalearn: sacct does not answer here: how a job that dies without a word ended will stay unknown",
               file=sys.stderr)  # fmt: skip
     output = found[0].config["output_dir"]
-    with launch.submitting(output):
+    if not options.dry_run:
+        refuse_place(output)
+    with nullcontext() if options.dry_run else launch.submitting(output):
         now = standings(found)
         chosen = [s.cell for s in now if wanted(s) and not s.under_way]
         left = [s for s in now if not s.finished and not s.under_way and s.cell not in chosen]
@@ -62,8 +74,9 @@ def submit(p: Parser, arguments: Sequence[str], wanted: Callable[[Standing], boo
             print(f"{'would submit' if options.dry_run else 'submitted'}: {len(chosen)} cells")
         else:
             _submit(chosen, options, launcher, output)
-    if left:
-        print(f"left alone: {len(left)} failed cells; metalearn sweep repair runs them again")
+    for state in dict.fromkeys(s.state for s in left):
+        number = sum(s.state == state for s in left)
+        print(f"left alone: {number} {state}{f'; {left_alone[state]}' if state in left_alone else ''}")
     return 0
 
 

@@ -23,8 +23,8 @@ class Standing(NamedTuple):
 
     state: `done` and `diverged` have a result; `running` has a fresh heartbeat; `queued` is in a job that has not begun
     it; `killed` ended without a result and goes on from its last checkpoint; `failed` raised an exception; `missing`
-    was never begun; `impossible` cannot be run here. why: for a reader, may be empty. step, steps: meta-steps made and
-    to be made. seconds: of the result, or since the attempt began.
+    was never begun; `impossible` cannot be run here. why: for a reader, may be empty. failures: attempts that failed.
+    step, steps: meta-steps made and to be made. seconds: of the result, or since the attempt began.
     """
 
     cell: Cell
@@ -35,6 +35,7 @@ class Standing(NamedTuple):
     steps: int = 0
     seconds: float | None = None
     job: str | None = None
+    failures: int = 0
 
     @property
     def finished(self) -> bool:
@@ -63,6 +64,7 @@ def _standing(cell: Cell, queue: Queue) -> Standing:
     job = submission(output, cell.cell_id)
     common = {
         "attempt": status.get("attempt", 0),
+        "failures": status.get("failures", status.get("attempt", 0)),
         "step": status.get("step", 0),
         "steps": steps,
         "job": job.job if job else status.get("slurm_job_id"),

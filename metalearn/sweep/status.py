@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from metalearn.options import Parser, read_cells
+from metalearn.schema import BadInput
+from metalearn.schema.keys import nearest
 from metalearn.sweep.launch import counts
-from metalearn.sweep.standing import Standing, duration, standings
+from metalearn.sweep.standing import STATES, Standing, duration, standings
 
 TITLE = "which cells are done, running, queued, killed, failed, diverged or missing, and why"
 DESCRIPTION = f"""{TITLE}.
@@ -26,8 +28,12 @@ def main(arguments: Sequence[str]) -> int:
     p.add_argument("--format", choices=("terminal", "json"), default="terminal", help="default terminal")
     p.add_argument("--state", metavar="STATE,...", help="show only cells in these states")
     options = p.parse_intermixed_args(list(arguments))
+    wanted = STATES if options.state is None else options.state.split(",")
+    for state in wanted:
+        if state not in STATES:
+            raise BadInput(f"sweep status: --state {state}: must be one of {', '.join(STATES)}{nearest(state, STATES)}")
     found = standings(read_cells(options))
-    shown = [s for s in found if options.state is None or s.state in options.state.split(",")]
+    shown = [s for s in found if s.state in wanted]
     print(json.dumps([as_json(s) for s in shown], indent=1) if options.format == "json" else table(shown, found))
     return 0 if all(s.finished for s in found) else 1
 
