@@ -245,8 +245,8 @@ def probed(jacobian: Jacobian, query: Jacobian | None, probes: int, key: TaskKey
     """Unbiased estimates of tr(A B) and tr(A B A) of each task, `[B, 2]`, from random vectors instead of all rows.
 
     With z of independent signs (Hutchinson's probes) and w = J_q^T R_q z, the mean of w^T A w is tr(A B), and that of
-    |A w|^2 is tr(A B A). Both come from the same w, so that their ratio varies by less than each of them. What the probes
-    add to its error is in the spread over tasks, as each task has its own.
+    |A w|^2 is tr(A B A). Both come from the same w, so that their ratio varies by less than each of them. What
+    the probes add to its error is in the spread over tasks, as each task has its own.
 
     Args:
         jacobian: of the support set.
