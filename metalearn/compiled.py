@@ -104,7 +104,8 @@ class Compiler:
         read = _read(learner, episodes)
         own = [batch.key.step, batch.key.task, *(episodes.latent[name] for name in read)]
         inputs = [*self.state, *episodes.support, *episodes.query, *own]
-        options = (learner.inner_steps, getattr(learner, "alpha", None), *read)
+        alpha = getattr(learner, "alpha", None)
+        options = (learner.inner_steps, None if isinstance(alpha, Tensor) else alpha, *read)  # a tensor is a buffer
         shapes = (batch.total, options, *((t.shape, t.stride(), t.dtype) for t in inputs))
         if shapes not in self.programs:
             self.programs[shapes] = self._build(learner, episodes, batch, inputs)

@@ -160,6 +160,12 @@ class MetaLearner(pl.LightningModule, ABC):
         """The outer updates that one meta-step makes, in order: one over all its tasks."""
         return [batch]
 
+    def observe(self, batch: MetaBatch) -> None:
+        """Take in what the tasks of an update show, before it is computed; default: nothing."""
+
+    def forget(self) -> None:
+        """Undo `observe`: the update was refused."""
+
     def touched(self, result: MetaGradient) -> Collection[str] | None:
         """Names of the parameters that an update may move; None for all.
 
@@ -174,6 +180,10 @@ class MetaLearner(pl.LightningModule, ABC):
         """What a log line says besides loss and rate: task means of the last meta-step's `aux`, and of its weights."""
         found = {k: float(v.double().mean()) for k, v in self.aux.items() if k != "weight"}
         return found | (self.combine.reports(self.aux["weight"]) if self.combine and "weight" in self.aux else {})
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """Metrics of a result that are of what was learned, and no scores of tasks; default: none."""
+        return {}
 
     def hint(self) -> str:
         """What a message about divergence says of this algorithm's own reasons for it."""
@@ -316,6 +326,7 @@ class MetaLearner(pl.LightningModule, ABC):
         result = None
         self.rate = self.outer_optimizer.rate(self.meta_steps, self.max_steps)
         for part in self.updates(batch):
+            self.observe(part)
             result = meta_gradient(self, part)
             self._guard(result, part)
             self.aux = result.aux
@@ -351,9 +362,11 @@ class MetaLearner(pl.LightningModule, ABC):
         tasks = bad_tasks(result.loss, batch)
         what = f"query loss of task {', '.join(map(str, tasks[:5]))}" if tasks else "outer gradient"
         rate = getattr(self, "alpha", None)
-        alpha = "" if rate is None else f", algorithm.alpha = {rate}"
+        alpha = "" if rate is None else f", algorithm.alpha = {float(rate)}"
         place = f"{what} is not finite at meta-step {batch.step}{alpha}, optimizer.lr = {self.outer_optimizer.lr}"
-        raise Diverged(place + self.hint())
+        hint = self.hint()
+        self.forget()
+        raise Diverged(place + hint)
 
     def training_step(self, batch: list[MetaBatch], batch_idx: int) -> None:
         """Lightning's hook: several meta-steps in one call, so that its overhead is paid once."""

@@ -235,6 +235,14 @@ def _join(parts: list[TaskOutput]) -> TaskOutput:
     return TaskOutput(*pytree.tree_map(cat, tuple(parts[0]), *(tuple(p) for p in parts[1:])))
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of one number a task over the tasks of all ranks, each of which has some; NaN are left out."""
+    both = torch.stack([values.nansum(), (~values.isnan()).sum()])
+    if _ranks() > 1:
+        dist.all_reduce(both)
+    return both[0] / both[1]
+
+
 def _ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
@@ -250,4 +258,4 @@ def _all_reduce(grads: list[Tensor], seen: Statistics, state: dict[str, Any], sh
     return seen, {k: next(moments) for k in names}
 
 
-__all__ = ["MetaGradient", "Params", "TaskKey", "bad_tasks", "meta_gradient"]
+__all__ = ["MetaGradient", "Params", "TaskKey", "bad_tasks", "mean_over_ranks", "meta_gradient"]

@@ -55,7 +55,7 @@ def result_of(
         "status": "done" if error is None else "diverged",
         "steps": learner.meta_steps,
         "seconds": round(seconds, 3),
-        "metrics": summarize(episodes, headline, last) if len(episodes) else {},
+        "metrics": summarize(episodes, headline, last) | learner.findings() if len(episodes) else {},
     }
     if learner.enlarged is not None:
         result["network"] = learner.enlarged._asdict()

@@ -95,6 +95,11 @@ def apart(learner: TSAMAML) -> None:
     learner.place((where * oracles.normal(1, size, seed=9)).to(learner.centres))
 
 
+def estimated(learner: Any) -> None:
+    """An inner rate as if one meta-batch had been seen."""
+    learner.running_rate.absorb(torch.tensor(0.3, dtype=torch.float64))
+
+
 TSA: dict[str, Any] = {**STEPS, "m": 2, "id_steps": 1}
 ALGORITHMS = [
     Row("maml", MAML, STEPS, joint=True, exact=True),
@@ -119,6 +124,14 @@ ALGORITHMS = [
         passes=(SITES, SITES),
     ),
     Row("anil", MAML, {**STEPS, "adapted": "head"}, joint=True, exact=True, passes=([*SITES, "head"], SITES)),
+    Row(
+        "anil_online",
+        MAML,
+        {**STEPS, "adapted": "head", "alpha": "online"},
+        exact=True,
+        passes=([*SITES, "head"], SITES),
+        arrange=estimated,
+    ),
     Row("erm", ERM, TUNED, exact=True, passes=([], SITES), classes=7),
     Row("erm_drawn", ERM, {**TUNED, "new_head": "drawn"}, exact=True, passes=([], SITES), classes=7),
     Row("erm_fixed_label", ERM, {**TUNED, "form": "fixed_label"}, exact=True, passes=([], SITES)),

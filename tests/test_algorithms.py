@@ -240,7 +240,9 @@ def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
     adam = isinstance(optimizer, Adam)
     theirs = torch.optim.Adam(plain.values(), lr=0.01) if adam else torch.optim.SGD(plain.values(), 0.01, momentum=0.9)
     for _ in range(3):
+        learner.observe(meta_batch(episodes))
         grads = outer_gradient(learner, episodes)
+        learner.forget()
         for name, parameter in plain.items():
             parameter.grad = grads[name].detach().clone().contiguous()
         theirs.step()
@@ -257,9 +259,11 @@ def test_divergence_names_its_place_and_spoils_nothing(case):
     before = bits(learner)
     for part in batch.episodes[:2]:
         part.x[2] = math.nan
+    learner.observe(batch)
     place = "query loss of task 2 is not finite at meta-step 1" + (
-        f", algorithm.alpha = {learner.alpha}" if hasattr(learner, "alpha") else ""
+        f", algorithm.alpha = {float(learner.alpha)}" if hasattr(learner, "alpha") else ""
     )
+    learner.forget()
     with pytest.raises(Diverged, match=place):
         step(learner, batch)
     assert_same_bits(bits(learner), before)

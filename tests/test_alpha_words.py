@@ -13,12 +13,12 @@ from metalearn.schema import MEMBERS, BadInput, algorithms, fields_of
 from metalearn.selection import select
 from metalearn.sweep.speed import signature
 
-SINE = ["dataset=sinusoid", "algorithm=maml"]
+SINE = ["dataset=sinusoid", "algorithm=anil"]
 
 
 @pytest.fixture
 def mixed(tmp_path, monkeypatch):
-    """Results of MAML over rates and words, whether or not MAML takes words."""
+    """Results of ANIL over rates and words, whether or not it takes all words."""
     monkeypatch.setattr(algorithms.MAML, "alpha_words", frozenset(algorithms.ALPHA_WORDS))
     line = [*SINE, f"output_dir={tmp_path}", "algorithm.alpha=online,0.1,auto,0.02", "seed=0,1"]
     found = cells.expand(line)

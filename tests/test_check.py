@@ -32,6 +32,7 @@ def verdicts(found: dict) -> dict[str, bool | None]:
     [
         [*SINE, "algorithm=maml", "algorithm.inner_steps=3"],
         [*SINE, "algorithm=anil"],
+        [*SINE, "algorithm=anil", "algorithm.alpha=online"],
         [*SMALL, "algorithm=maml", "algorithm.inner_steps=2", "backbone.bn_affine_inner=false"],
         [*SMALL, "algorithm=anil", "algorithm.inner_loss_reduction=sum_over_shots"],
     ],

@@ -91,11 +91,12 @@ class Killed(BaseException):
     """Stands for the process's death between two statements."""
 
 
-@pytest.mark.parametrize("algorithm", ["maml", "reptile"])
+@pytest.mark.parametrize("algorithm", ["maml", "reptile", "anil algorithm.alpha=online"])
 @pytest.mark.parametrize("kill_at", [1, 4, 5, 8, 11])
 def test_an_interrupted_run_continues_bit_identically(tmp_path, monkeypatch, algorithm, kill_at):
     """Dying after any meta-step, with checkpoints every few, leaves the same end as never dying."""
-    overrides = ("trainer.max_steps=12", "trainer.val_every=5", "trainer.save_seconds=1e-9", f"algorithm={algorithm}")
+    overrides = ("trainer.max_steps=12", "trainer.val_every=5", "trainer.save_seconds=1e-9")
+    overrides += tuple(f"algorithm={algorithm}".split())
     undisturbed = cell_of(tmp_path / "twin", *overrides)
     run(undisturbed)
     original, count = training.Recorder.on_train_batch_end, iter(range(1, 100))

@@ -5,18 +5,24 @@ FOMAML is `first_order=True`; ANIL (Raghu et al., ICLR 2020) is `adapted="head"`
 of Nichol, Achiam & Schulman 2018, https://arxiv.org/abs/1803.02999 (section 6.2 and their code).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from metalearn.algorithms.pools import minibatches, pooled, take
-from metalearn.episode import Episode, Examples, Params, TaskOutput, Theta
+from metalearn.algorithms.running_rate import RunningRate
+from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
+from metalearn.evaluation.metrics import TaskMean
 from metalearn.functional import Loss, Trajectory, gradient_descent, per_task
 from metalearn.learner import MetaLearner
+from metalearn.meta_gradient import mean_over_ranks
 from metalearn.ops import Normalization
 from metalearn.random import TaskKey
 from metalearn.schema import BadInput
+from metalearn.theory.alpha_star import head_rate
 
 Context = tuple[Params, Tensor, Tensor]
 
@@ -25,7 +31,14 @@ class MAML(MetaLearner):
     """phi_i = theta - alpha grad L(theta; S_i), `inner_steps` times; theta descends the mean query loss of phi_i.
 
     Args:
-        alpha: inner learning rate, for the loss that `inner_loss_reduction` defines.
+        alpha: inner learning rate, for the loss that `inner_loss_reduction` defines; or `online`: before every update
+            it is estimated from the features that enter the moving layers, for all tasks of the meta-batch, and the
+            moving average of these estimates is the rate, in training and in evaluation (derived for a linear head
+            and the mean squared error: Zou, Liu & Li, ICLR 2022, Figure 3).
+        test_alpha: the rate in test alone, of any sign; None for that of training, which validation always has, so
+            that the checkpoint that is tested does not depend on it.
+        alpha_cov: what "the covariance of the features" means (`alpha=online`), see `theory.alpha_star.head_rate`.
+        alpha_momentum: weight of the past in the moving average (`alpha=online`).
         inner_steps, test_steps: inner gradient steps in training, and in validation and test.
         first_order: treat inner gradients as constants (FOMAML).
         adapted: prefix of the parameters that the inner loop moves; empty for all.
@@ -44,7 +57,10 @@ class MAML(MetaLearner):
     def __init__(
         self,
         *,
-        alpha: float,
+        alpha: float | Literal["online"],
+        test_alpha: float | None = None,
+        alpha_cov: Literal["gram_mean", "feature_mean", "diag"] = "gram_mean",
+        alpha_momentum: float = 0.9,
         first_order: bool = False,
         adapted: str = "",
         inner_clip: float | None = None,
@@ -53,7 +69,10 @@ class MAML(MetaLearner):
         **learner: Any,
     ):
         super().__init__(**learner)
-        self.alpha, self.first_order, self.adapted, self.inner_clip = alpha, first_order, adapted, inner_clip
+        self.first_order, self.adapted, self.inner_clip = first_order, adapted, inner_clip
+        self.running_rate = RunningRate(momentum=alpha_momentum) if alpha == "online" else None
+        self.rate_in_force = None if alpha == "online" else alpha
+        self.test_alpha, self.alpha_cov = test_alpha, alpha_cov
         self.variant, self.minibatch = variant, minibatch
         if variant != "query" and type(self).origin is not MAML.origin:
             raise BadInput(f"algorithm.variant={variant}: {type(self).__name__} adapts by more than gradient steps")
@@ -66,6 +85,14 @@ class MAML(MetaLearner):
         """Where adaptation starts: all that a pass through the network depends on, shared or each task's own."""
         return self.network(theta)
 
+    @property
+    def alpha(self) -> float | Tensor:
+        """The inner learning rate in force: a number, or the running estimate."""
+        if self.rate_in_force is not None:
+            return self.rate_in_force
+        assert self.running_rate is not None
+        return self.running_rate.value
+
     def inner_rate(self, theta: Theta, key: TaskKey | None) -> float | Tensor | Params:
         """What inner gradients are multiplied by; a number, a tensor for every leaf, or one for each moving leaf."""
         return self.alpha
@@ -73,6 +100,50 @@ class MAML(MetaLearner):
     def multipliers(self, theta: Theta, key: TaskKey | None) -> Params | None:
         """What each moving leaf's step is besides alpha, leaves that broadcast against it; None where it is 1."""
         return None
+
+    def observe(self, batch: MetaBatch) -> None:
+        """Estimate the rate from the support sets of all ranks' tasks, and average it into the one in force."""
+        if self.running_rate is None:
+            return
+        episodes, theta = self.regularizer.episodes(batch.episodes, batch.key), self.constants()
+        start = self.network(theta)
+
+        def estimates(chunk: slice) -> Tensor:
+            _, features = fixed_features(self, start, episodes.select(chunk).support, self.moves)
+            return head_rate(features.flatten(2).double(), self.alpha_cov)
+
+        # a task without an estimate has no loss either, and is named by it
+        self.running_rate.absorb(mean_over_ranks(torch.cat(self.in_chunks(estimates, episodes))))
+
+    def forget(self) -> None:
+        """Go back to the rate before `observe`."""
+        if self.running_rate is not None:
+            self.running_rate.revert()
+
+    def test_step(self, batch: MetaBatch, batch_idx: int) -> Any:
+        """Lightning's hook: scores of frozen test episodes, with the rate of test."""
+        with self._in_test():
+            return super().test_step(batch, batch_idx)
+
+    @contextmanager
+    def _in_test(self) -> Iterator[None]:
+        """`test_alpha`, if there is one, in place of the rate of training."""
+        kept = self.rate_in_force
+        self.rate_in_force = kept if self.test_alpha is None else self.test_alpha
+        try:
+            yield
+        finally:
+            self.rate_in_force = kept
+
+    def reports(self) -> dict[str, float]:
+        """Adds the rate, where it is estimated."""
+        return super().reports() | ({"alpha": float(self.alpha)} if self.running_rate else {})
+
+    def findings(self) -> dict[str, dict[str, Any]]:
+        """The estimated rate as `alpha_star`: a single number, of the checkpoint that is tested."""
+        if self.running_rate is None:
+            return {}
+        return {"alpha_star": TaskMean([float(self.running_rate.value)]).compute("1")}
 
     @property
     def descents(self) -> int:
@@ -165,11 +236,21 @@ def support_predictions(
     """
     moving = {k: p for k, p in start.items() if moves(k)}
     frozen = {k: p for k, p in start.items() if k not in moving}
-    site = learner.net.first_site(list(moving))
-    features = learner.run_net(start, support.x, when="inner", stop=site)
+    site, features = fixed_features(learner, start, support, moves)
 
     def predict(phi: Params, context: Context) -> Tensor:
         frozen, h, _ = context
         return learner.run_net(frozen | phi, h, when="inner", start=site)
 
     return predict, per_task(moving, len(support.x), learner.shapes), (frozen, features, support.y)
+
+
+def fixed_features(
+    learner: MetaLearner, start: Params, support: Examples, moves: Callable[[str], bool]
+) -> tuple[str, Tensor]:
+    """The last site that no moving parameter influences, and the support sets there, `[B, n, *shape]`.
+
+    The arguments are those of `support_problem`.
+    """
+    site = learner.net.first_site([k for k in start if moves(k)])
+    return site, learner.run_net(start, support.x, when="inner", stop=site)

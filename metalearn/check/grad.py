@@ -48,6 +48,7 @@ def check(cell: Cell, *, tasks: int = 2, directions: int = 3) -> dict[str, Any]:
     """
     dataset = build("dataset", cell.config["dataset"])
     learner, batch = _double(cell, dataset, tasks)
+    learner.observe(batch)
     found = meta_gradient(learner, batch)
     if not found.finite:
         raise FloatingPointError("the outer gradient is not finite at the initial parameters")
@@ -169,9 +170,9 @@ def _run_precision(cell: Cell, dataset: Any, batch: MetaBatch, grads: list[Tenso
     dtype = DTYPES[precision]
     learner = build_learner(cell.config, dataset)
     learner.compiler = None
-    error = _apart(
-        [g.double() for g in meta_gradient(learner, batch._replace(episodes=batch.episodes.to(dtype))).grads], grads
-    )
+    batch = batch._replace(episodes=batch.episodes.to(dtype))
+    learner.observe(batch)
+    error = _apart([g.double() for g in meta_gradient(learner, batch).grads], grads)
     return Check(f"precision {precision}", error, SINGLE, "<", error < SINGLE)
 
 

@@ -117,7 +117,7 @@ class InnerLoop(Steps):
 class GradientSteps(InnerLoop):
     """What `metalearn.algorithms.MAML` and the algorithms that are made of its inner loop share."""
 
-    keyless: ClassVar[frozenset[str]] = frozenset({"variant", "minibatch"})
+    keyless: ClassVar[frozenset[str]] = frozenset({"variant", "minibatch", "test_alpha", "alpha_cov", "alpha_momentum"})
 
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
@@ -147,7 +147,20 @@ class MAML(GradientSteps):
 
     target: ClassVar[str] = "metalearn.algorithms.MAML"
     keyless: ClassVar[frozenset[str]] = frozenset()
+    alpha_words: ClassVar[frozenset[str]] = frozenset({"online"})
 
+    test_alpha: float | None = key(
+        None,
+        "inner learning rate in test, of any sign; null for alpha, which validation always has",
+        touches="test",
+    )
+    alpha_cov: str = key(
+        "gram_mean",
+        "what the estimate of alpha=online divides by, for the normalised features of a support set: mean of the "
+        "examples' cosines, mean of the features' second moments, or those of each feature with itself (a constant)",
+        choices=("gram_mean", "feature_mean", "diag"),
+    )
+    alpha_momentum: float = key(0.9, "weight of the past in the moving average of alpha=online", ge=0, lt=1)
     variant: str = key(
         "query",
         "examples of training gradients, k = inner_steps: k inner ones on the support, the outer one on the query set; "
@@ -161,11 +174,27 @@ class MAML(GradientSteps):
     @classmethod
     def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
         yield from super().problems(algorithm, run)
+        yield from _estimated_rate(algorithm, run)
         variant, batch, steps = (algorithm[name] for name in ("variant", "minibatch", "inner_steps"))
         if variant == "query" and batch is not None:
             yield f"algorithm.minibatch={batch}: needs algorithm.variant=last_minibatch or tail"
         if variant != "query" and steps == 0:
             yield f"algorithm.inner_steps=0: must be >= 1 with algorithm.variant={variant}, for a last minibatch"
+
+
+def _estimated_rate(algorithm: Config, run: Config) -> Iterator[str]:
+    """Why alpha cannot be a running estimate, or has no use for what that depends on, if so."""
+    if algorithm["alpha"] != "online":
+        for name in ("alpha_cov", "alpha_momentum"):
+            if algorithm[name] != fields_of(MAML)[name].default:
+                yield f"algorithm.{name}={algorithm[name]}: needs algorithm.alpha=online"
+        return
+    needed = {"adapted": "head", "variant": "query", "inner_loss_reduction": "mean"}
+    for name, value in needed.items():
+        if algorithm[name] != value:
+            yield f"algorithm.alpha=online: needs algorithm.{name}={value}, for which the rate is estimated"
+    if run["trainer"]["max_steps"] == 0:
+        yield "algorithm.alpha=online: needs trainer.max_steps >= 1, because training estimates the rate"
 
 
 @dataclass
@@ -229,7 +258,7 @@ class ERM(Algorithm):
     """metalearn.algorithms.ERM."""
 
     target: ClassVar[str] = "metalearn.algorithms.ERM"
-    keyless: ClassVar[frozenset[str]] = frozenset({"inner_steps", "first_order", "variant", "minibatch"})
+    keyless: ClassVar[frozenset[str]] = GradientSteps.keyless | {"inner_steps", "first_order"}
 
     form: str | None = key(
         None,
@@ -278,12 +307,19 @@ class MetaSGD(MAML):
     """metalearn.algorithms.MetaSGD."""
 
     target: ClassVar[str] = "metalearn.algorithms.MetaSGD"
+    alpha_words: ClassVar[frozenset[str]] = frozenset()
 
     alpha: float | str = rate(0.1, "initial inner learning rate of every parameter (rate_init=constant)", ge=0)
     test_steps: int = key(1, "inner steps in validation and test; rates are learned for as many as in training", ge=0)
     rate_init: str = key(
         "constant", "initial rates: alpha, or draws from U(0.005, 0.1)", choices=("constant", "uniform")
     )
+
+    @classmethod
+    def problems(cls, algorithm: Config, run: Config) -> Iterator[str]:
+        yield from super().problems(algorithm, run)
+        if algorithm["test_alpha"] is not None:
+            yield f"algorithm.test_alpha={algorithm['test_alpha']}: must be null with meta_sgd, which learns its rates"
 
 
 @dataclass
@@ -400,6 +436,7 @@ class TNet(MAML):
     """metalearn.algorithms.TNet."""
 
     target: ClassVar[str] = "metalearn.algorithms.TNet"
+    alpha_words: ClassVar[frozenset[str]] = frozenset()
 
     test_steps: int = key(
         1, "inner steps in validation and test; the metric is learned for as many as in training", ge=0
