@@ -15,6 +15,7 @@ from metalearn.datasets.base import ClassImages, ImageDataset
 from metalearn.datasets.group_regression import GroupRegression
 from metalearn.datasets.harmonic import Harmonic
 from metalearn.datasets.mixture import Mixture
+from metalearn.datasets.quadratic import Quadratic
 from metalearn.datasets.sinusoid import Sinusoid
 from metalearn.episode import Episode, Examples, MetaBatch
 from metalearn.random import Key
@@ -87,8 +88,8 @@ def interleaved(parts: list[list]) -> list:
 FAMILIES = GroupRegression(noise_std=0.1)
 SECTIONS = {name: {"_target_": f"metalearn.datasets.{name}.{name.title()}"} for name in ("sinusoid", "harmonic")}
 MIXED = Mixture(members=list(SECTIONS), arguments=SECTIONS)
-SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase"), Harmonic(), FAMILIES, MIXED]
-IDS = ["pictures", "finn", "trlearner", "harmonic", "families", "mixture"]
+SOURCES = [numbered(), Sinusoid(), Sinusoid(variant="trlearner_phase"), Harmonic(), Quadratic(p=2), FAMILIES, MIXED]
+IDS = ["pictures", "finn", "trlearner", "harmonic", "quadratic", "families", "mixture"]
 each_source = pytest.mark.parametrize("source", SOURCES, ids=IDS)
 
 

@@ -356,6 +356,27 @@ class Harmonic(Dataset):
 
 
 @dataclass
+class Quadratic(Dataset):
+    """metalearn.datasets.quadratic.Quadratic."""
+
+    target: ClassVar[str] = "metalearn.datasets.quadratic.Quadratic"
+    kind: ClassVar[str] = "regression"
+
+    p: int = key(1, "dimension of the inputs", ge=1)
+    sigma: float = key(0.2, "standard deviation of the noise, which is on all targets (target's units)", ge=0)
+    nu: float = key(0.2, "root of p times the standard deviation of every entry of w", ge=0)
+    w0: float = key(0.0, "mean of every entry of w")
+    shot: int = key(10, "support points in training", ge=1)
+    queries: int = key(10, "query points in training", ge=1)
+    test_shot: int | None = key(None, "support points in validation and test; null means as in training", ge=1)
+    test_queries: int | None = key(100, "query points in validation and test; null means as in training", ge=1)
+
+    @classmethod
+    def data_hash(cls, dataset: Config) -> str:
+        return "formula"
+
+
+@dataclass
 class GroupRegression(Dataset):
     """metalearn.datasets.group_regression.GroupRegression."""
 
@@ -390,4 +411,5 @@ def not_a_set(path: str, names: list[str], what: str) -> Iterator[str]:
         yield f"{path}={show(names)}: must name at least one {what}, and none twice"
 
 
-DATASETS = (Glyphs, GroupGlyphs, Omniglot, GroupOmniglot, CIFARFS, FC100, Sinusoid, Harmonic, GroupRegression)
+CURVES = (Sinusoid, Harmonic, Quadratic, GroupRegression)
+DATASETS = (Glyphs, GroupGlyphs, Omniglot, GroupOmniglot, CIFARFS, FC100, *CURVES)
