@@ -166,14 +166,22 @@ class CellDir:
         self._status["failures"] += state == "failed"
         self.beat(force=True)
 
-    def archive(self) -> None:
-        """Move everything of a finished run beside the new one, into `old/<n>/`."""
+    def archive(self) -> Path:
+        """Move everything of a finished run beside the new one, into `old/<n>/`; returns that folder."""
         number = 1 + max((int(p.name) for p in self.path.glob("old/*") if p.name.isdigit()), default=0)
         target = self.path / "old" / str(number)
         target.mkdir(parents=True)
         names = sorted(p.name for p in self.path.iterdir() if p.name != "old")
         for name in sorted(names, key=lambda n: n != "result.json"):  # the done marker goes first
             os.replace(self.path / name, target / name)
+        return target
+
+    def restore(self, archived: Path) -> None:
+        """Undo `archive`, as long as nothing new has begun."""
+        names = sorted(p.name for p in archived.iterdir())
+        for name in sorted(names, key=lambda n: n == "result.json"):  # the done marker goes last
+            os.replace(archived / name, self.path / name)
+        archived.rmdir()
 
 
 class Checkpoints:

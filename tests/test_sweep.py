@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import types
 from datetime import datetime, timedelta, timezone
 
 import pytest
@@ -183,7 +184,9 @@ def test_run_submits_what_nobody_has_and_nothing_else(tmp_path, six, queue, subm
     put(six[3], "killed")
     put(six[4], "failed", error="ValueError: no")
     assert sweep("run", tmp_path, "--dry-run") == 0
-    assert submitted == [] and "would submit: 2 cells" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert submitted == [] and "would submit: 2 cells" in said
+    assert [line.split()[-1] for line in said.splitlines() if line.startswith("  ")] == ["seed=3", "seed=5"]
     assert sweep("run", tmp_path) == 0
     assert submitted == [six[3].cell_id, six[5].cell_id]
     assert "left alone: 1 failed; metalearn sweep repair runs them again" in capsys.readouterr().out
@@ -202,6 +205,35 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path, submitted, monkeypatc
     with pytest.raises(BadInput, match=f"output_dir={place}: .*{said}"):
         main([action, *TINY, f"output_dir={place}"])
     assert submitted == []
+
+
+def test_what_is_run_again_is_so_once(tmp_path, six, monkeypatch, capsys):
+    monkeypatch.setattr(launch.subprocess, "Popen", lambda *_, **__: types.SimpleNamespace(pid=1))
+    monkeypatch.setattr(jobs, "_is_job", lambda pid: True)
+    finish(six[0])
+    command = ["run", *TINY, f"output_dir={tmp_path}", "seed=0", "rerun=true"]
+    assert main(command) == main(command) == 0
+    said = capsys.readouterr().out
+    assert said.count("submitted: 1 cells") == said.count("submitted: 0 cells") == 1
+    (work,) = tmp_path.glob("jobs/*/work.json")
+    assert "seed=0" in work.read_text() and "rerun" not in work.read_text()  # the process may be started again
+    assert [p.name for p in folder(tmp_path, six[0]).iterdir()] == ["old"]
+
+
+def test_what_the_queue_refuses_to_run_again_is_still_finished(tmp_path, six, monkeypatch):
+    def refuse(*_):
+        raise BadInput("no such partition")
+
+    monkeypatch.setattr(launch, "_submitit", refuse)
+    (cell,) = expand([*TINY, f"output_dir={tmp_path}", "seed=0", "rerun=true"])
+    finish(cell)
+    write_json(folder(tmp_path, cell) / "checkpoints" / "last.json", [])
+    before = sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match="no such partition"):
+        launch.submit([cell], [], launchers.settings(["hydra/launcher=submitit_local"]))
+    assert states([cell]) == ["done"]
+    (folder(tmp_path, cell) / "old").rmdir()
+    assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
 
 
 def test_a_state_that_there_is_not_is_refused(tmp_path):

@@ -78,7 +78,8 @@ def packs(cells: Sequence[Cell], size: int) -> list[list[Cell]]:
 def submit(cells: Sequence[Cell], flags: Sequence[str], launcher: dict[str, Any]) -> list[Job]:
     """Submit cells as one job array (the local queue: one process a job) and return at once.
 
-    A result that is to be made again is archived first, so that a restarted job does not make it twice.
+    A result that is to be made again is archived first, so that a restarted job does not make it twice; if the queue
+    refuses, it is as it was.
 
     Raises:
         BadInput: if the queue refuses, or cannot run such cells.
@@ -87,21 +88,34 @@ def submit(cells: Sequence[Cell], flags: Sequence[str], launcher: dict[str, Any]
     assert name is not None
     devices = {value(c.config, "trainer.devices") or 1 for c in cells}  # a study has one process
     _check_devices(devices, launcher, name)
-    for cell in cells:
-        directory = CellDir(cell.config["output_dir"], cell.cell_id)
-        if cell.config["rerun"] and directory.result is not None:
-            directory.archive()
     kept = [f for f in flags if not is_launcher(f)]
     groups = packs(cells, launcher.get("cells_per_job", 1))
-    work = [Work([[o for o in c.overrides if not o.startswith("rerun=")] for c in g], kept) for g in groups]
+    work = [Work([_once(c) for c in g], kept) for g in groups]
+    archived = _archive(cells)
     began = now()
-    submitted = _submitit(work, launcher, name, output / "jobs", max(devices))
+    try:
+        submitted = _submitit(work, launcher, name, output / "jobs", max(devices))
+    except BaseException:
+        for directory, place in archived:
+            directory.restore(place)
+        raise
     found = []
     for job, group in zip(submitted, groups, strict=True):
         log = str(job.paths.stdout)
         jobs.note(cells[0].config["output_dir"], [c.cell_id for c in group], job.job_id, name, log, began)
         found.append(Job(job.job_id, group, log))
     return found
+
+
+def _once(cell: Cell) -> list[str]:
+    """The overrides of a cell for a job that may be restarted: what is run again is so by being archived."""
+    return [o for o in cell.overrides if not o.startswith("rerun=")]
+
+
+def _archive(cells: Sequence[Cell]) -> list[tuple[CellDir, Path]]:
+    """Archive the results that are to be made again; returns their cells' folders, and where they are now."""
+    found = [CellDir(c.config["output_dir"], c.cell_id) for c in cells if c.config["rerun"]]
+    return [(directory, directory.archive()) for directory in found if directory.result is not None]
 
 
 def _check_devices(devices: set[int], launcher: dict[str, Any], name: str) -> None:
@@ -149,7 +163,8 @@ def _python() -> str:
 def in_background(cells: Sequence[Cell], flags: Sequence[str], output_dir: str) -> tuple[int, Path]:
     """Run cells in a process of this machine that outlives this one; its id and the file that it writes to."""
     folder = Path(output_dir).absolute() / "jobs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
-    write_json(folder / "work.json", {"cells": [list(c.overrides) for c in cells], "flags": list(flags)})
+    write_json(folder / "work.json", {"cells": [_once(c) for c in cells], "flags": list(flags)})
+    _archive(cells)
     began = now()
     with open(folder / "log", "ab") as file:
         process = subprocess.Popen(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -36,7 +37,7 @@ def parser(verb: str, description: str) -> Parser:
     """The options of both actions that submit."""
     p = Parser(verb, description)
     p.take_cells()
-    p.add_argument("--dry-run", action="store_true", help="only say what would be submitted")
+    p.add_argument("--dry-run", action="store_true", help="only list what would be submitted")
     return p
 
 
@@ -72,6 +73,8 @@ def submit(
         print(launch.counts(now))
         if options.dry_run or not chosen:
             print(f"{'would submit' if options.dry_run else 'submitted'}: {len(chosen)} cells")
+            for cell in chosen:
+                print(f"  {shlex.join(cell.overrides)}")
         else:
             _submit(chosen, options, launcher, output)
     for state in dict.fromkeys(s.state for s in left):
