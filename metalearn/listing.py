@@ -13,7 +13,7 @@ from metalearn.options import Parser
 from metalearn.record import number
 from metalearn.results import Result, by_size, find, flat, value
 from metalearn.schema import BadInput, nearest
-from metalearn.schema.keys import show
+from metalearn.schema.keys import few, show
 from metalearn.tables.document import Grid
 from metalearn.tables.render import aligned, piped
 
@@ -80,7 +80,7 @@ def table(results: Sequence[Result], metric: str | None = None, keys: Sequence[s
     """
     if metric is not None and results and not any(metric in r.data["metrics"] for r in results):
         known = dict.fromkeys(m for r in results for m in r.data["metrics"])
-        raise BadInput(f"--metric {metric}: no result has it{nearest(metric, known)}; there are {', '.join(known)}")
+        raise BadInput(f"--metric {metric}: no result has it{nearest(metric, known)}; there are {few(known)}")
     for key in keys if results else ():
         if all(value(r.config, key) is None for r in results):
             known = dict.fromkeys(k for r in results for k in (*flat(r.config), *r.config))

@@ -13,6 +13,7 @@ from metalearn import cells
 from metalearn.figures import command, draw, series
 from metalearn.figures.series import Mark, Request
 from metalearn.schema import BadInput
+from metalearn.schema.keys import few
 from metalearn.selection import select
 
 pytestmark = pytest.mark.usefixtures("compose_once")
@@ -159,6 +160,10 @@ def test_one_point_alone(sweep):
     assert len(drawn.points) == 1 and draw.encoded(draw.figure(drawn), "png")[1:4] == b"PNG"
     with pytest.raises(BadInput, match="no numeric key varies"):
         plot(line)
+
+
+def test_a_message_names_the_first_of_many():
+    assert few("ab") == "a, b" and few(map(str, range(20))).endswith("10, 11 and 8 more")
 
 
 def test_what_is_not_clear_is_refused_with_the_candidates(alphas, sweep):

@@ -1,5 +1,6 @@
 """Sweeps told from files and queues alone: states, what is submitted and what is not, packing, refusals."""
 
+import contextlib
 import json
 import os
 import signal
@@ -234,6 +235,26 @@ def test_what_the_queue_refuses_to_run_again_is_still_finished(tmp_path, six, mo
     assert states([cell]) == ["done"]
     (folder(tmp_path, cell) / "old").rmdir()
     assert sorted(p.relative_to(tmp_path) for p in tmp_path.rglob("*")) == before
+
+
+def test_an_array_that_is_too_large_is_refused_with_the_way_out(tmp_path, six, monkeypatch):
+    import submitit
+
+    class Refuses:
+        def __init__(self, *_, **__): ...
+        def update_parameters(self, **_): ...
+        def submit(self, work): ...
+        @contextlib.contextmanager
+        def batch(self):
+            yield
+            raise submitit.core.utils.FailedJobError("sbatch: error: Invalid job array specification")
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Refuses)
+    launcher = launchers.settings(["hydra/launcher=submitit_local"])
+    with pytest.raises(
+        BadInput, match="refused 6 jobs: .*Invalid job array.*; hydra.launcher.cells_per_job makes fewer"
+    ):
+        launch.submit(six, [], launcher)
 
 
 def test_a_state_that_there_is_not_is_refused(tmp_path):

@@ -9,7 +9,7 @@ from metalearn import results
 from metalearn.evaluation.metrics import UNITS
 from metalearn.results import Result
 from metalearn.schema import BadInput, nearest
-from metalearn.schema.keys import show
+from metalearn.schema.keys import few, show
 from metalearn.selection import Entry, telling
 
 STEP, META_STEP = "step", "meta_step"
@@ -145,7 +145,7 @@ def check_metric(found: Sequence[Result], metric: str, bn: str | None) -> None:
 
 
 def _names(found: Sequence[Result]) -> str:
-    return ", ".join(sorted({n for r in found for n in r.data["metrics"] if "step=" not in n and "group=" not in n}))
+    return few(sorted({n for r in found for n in r.data["metrics"] if "step=" not in n and "group=" not in n}))
 
 
 def refuse_mixed(entries: Sequence[Result], where: str) -> None:

@@ -11,6 +11,17 @@ from typing import Any, Literal
 Touches = Literal["train", "test", "none"]
 
 
+MOST_NAMES = 12
+"""How many names a message lists."""
+
+
+def few(names: Iterable[str]) -> str:
+    """Names for a message, the first of many."""
+    listed = list(names)
+    more = f" and {len(listed) - MOST_NAMES} more" if len(listed) > MOST_NAMES else ""
+    return ", ".join(listed[:MOST_NAMES]) + more
+
+
 class BadInput(Exception):
     """The user asked for something that cannot be; the message (at most three lines) names key, value and bound."""
 

@@ -143,8 +143,9 @@ def _submitit(work: list[Work], launcher: dict[str, Any], name: str, folder: Pat
         with queue.batch():
             return [queue.submit(w) for w in work]
     except (submitit.core.utils.FailedJobError, subprocess.CalledProcessError) as error:
-        said = " ".join(str(error).split())
-        raise BadInput(f"hydra/launcher: the queue refused the job: {said[-300:]}") from None
+        said = " ".join(str(error).split())[-300:]
+        packs = "; hydra.launcher.cells_per_job makes fewer jobs" if "array" in said.lower() and len(work) > 1 else ""
+        raise BadInput(f"hydra/launcher: the queue refused {len(work)} jobs: {said}{packs}") from None
 
 
 def _python() -> str:
