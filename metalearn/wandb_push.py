@@ -252,7 +252,10 @@ def _push_all(cells: Sequence[Stored], options: Any) -> list[str]:
     failed: list[str] = []
     with tempfile.TemporaryDirectory(prefix="metalearn-wandb-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary if online else options.offline or os.environ.get("WANDB_DIR", "."))
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise BadInput(f"--offline {folder}: {error.strerror}; name a folder that can be written to") from None
         target = Target(mode, folder, options.project, options.entity, options.timeout)
         for i, cell in enumerate(cells, 1):
             try:

@@ -110,6 +110,13 @@ def about(summary: dict) -> dict:
     return {k: v for k, v in summary.items() if k[0] != "_" and k not in history and k != "train_id" and v is not None}
 
 
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    stored(tmp_path / "out", "done")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadInput, match=r"--offline .*file: .*; name a folder that can be written to"):
+        wandb_push.main(["push", "--from", str(tmp_path / "out"), "--offline", str(tmp_path / "file")])
+
+
 def test_offline_runs_say_what_the_files_say(tmp_path, capsys):
     ids = sweep(tmp_path / "out")
     assert wandb_push.main(["push", "--from", str(tmp_path / "out"), "--offline", str(tmp_path / "w")]) == 0

@@ -94,7 +94,7 @@ def groups(cells: Sequence[Cell]) -> list[Group]:
 
 def _labels(configs: Sequence[Config]) -> list[str]:
     """What tells configurations apart, members first: as few keys as do it."""
-    names = [{g: c[g]["name"] for g in MEMBERS} for c in configs]
+    names = [{g: c[g]["name"] for g in MEMBERS if g in c} for c in configs]
     flat = [n | signature(c) | n for n, c in zip(names, configs, strict=True)]
     chosen = ["algorithm", "dataset"]
 
