@@ -8,7 +8,10 @@ from metalearn.ledger import CellDir
 from metalearn.results import Result
 from metalearn.run import run
 
-SMALL = {"corollary1": ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]")}
+SMALL = {
+    "corollary1": ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"),
+    "fig5": ("study.tasks=20", "study.new_tasks=50", "study.repetitions=10", "study.steps=[0,1,10,1000,30000]"),
+}
 """Keys that make an experiment a matter of a second."""
 
 
@@ -49,3 +52,25 @@ def test_corollary_1_lower_bound_fails_for_random_designs_alone(shows):
     value, half = shown.scalar(result, "alpha_lim@K=10,d=1,design=gaussian")
     assert abs(value - 10 / 28) < 2 * half < 0.15
     assert shown.scalar(result, "lower@K=10,d=1,design=gaussian")[0] > value + half
+
+
+def test_fig5_gaps_have_their_expected_size(shows):
+    """U(-5, 5), 20 tasks, N(0, 3 I): F_0 gap -0.00748; the new tasks' loss is E x^2 = 25 / 3 times it, at t = 0."""
+    _, (result, *_) = shows("fig5")
+    gap, half = shown.scalar(result, "distance_gap@t=0")
+    assert gap == pytest.approx(-0.00748, abs=2 * half) and half < 0.0005
+    loss, wide = shown.scalar(result, "loss_gap@t=0,tasks=new")
+    assert loss / 50 == pytest.approx(gap * 25 / 3, abs=2 * (half * 25 / 3 + wide / 50))
+
+
+def test_fig5_loss_is_higher_before_adaptation_on_the_tasks_of_training_alone(shows):
+    """w_r is their least loss by definition; on new tasks with centred features, nearer is better at once."""
+    content, results = shows("fig5")
+    assert [f.holds for f in content.findings] == [True, False, True, True] * 2
+    for result in results:
+        own = shown.line(result, "loss_gap", "t", tasks="own").mean
+        assert own[0] > 0 > own[2]
+    gap = shown.line(results[0], "distance_gap", "t").mean
+    least, largest = (shown.scalar(results[0], f"eigenvalue@which={w}")[0] for w in ("least", "largest"))
+    assert 0 < least < 25 / 3 < largest
+    assert (1 - 2e-5 * largest) ** 2000 < gap[3] / gap[0] < (1 - 2e-5 * least) ** 2000

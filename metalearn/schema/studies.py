@@ -1,5 +1,6 @@
 """Keys of studies: what computes numbers of a paper's theory instead of training."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -45,6 +46,57 @@ class Corollary1(Study):
         yield from _listed(study, "samples", "widths")
 
 
+LAWS = {
+    "normal": ("mean", "deviation"),
+    "uniform": ("low", "high"),
+    "exponential": ("mean",),
+    "chi2": ("degrees",),
+    "zipf": ("exponent", "largest"),
+}
+"""Laws of single numbers and what has to be said of each, in that order."""
+
+
+@dataclass
+class FastAdaptation(Study):
+    """metalearn.studies.FastAdaptation."""
+
+    target: ClassVar[str] = "metalearn.studies.FastAdaptation"
+
+    inputs: list[str] = key(["uniform", "-5", "5"], "law of each entry of the features, and its numbers")
+    samples: int = key(50, "samples K of each task", ge=1)
+    width: int = key(20, "features d", ge=1)
+    tasks: int = key(5000, "tasks of training", ge=2)
+    new_tasks: int = key(5000, "new tasks", ge=2)
+    alpha: float = key(1e-4, "rate of MAML", gt=0)
+    eta: float = key(1e-5, "rate of adaptation", gt=0)
+    variance: float = key(3.0, "variance of each entry of the optima", gt=0)
+    steps: list[int] = key(
+        [*range(11), 15, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 30000], "steps t of adaptation", ge=0
+    )
+    repetitions: int = key(8, "draws of all tasks", ge=2)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _laws(study, "inputs")
+        yield from _listed(study, "steps")
+
+
+def _laws(study: Config, *names: str) -> Iterator[str]:
+    """Texts that are no law with its numbers."""
+    for name in names:
+        law, *numbers = study[name] or [""]
+        if law not in LAWS or len(numbers) != len(LAWS[law]) or not all(map(_finite, numbers)):
+            allowed = ", ".join(f"[{','.join((n, *p))}]" for n, p in LAWS.items())
+            yield f"study.{name}={show(study[name])}: must be one of {allowed}, with finite numbers"
+
+
+def _finite(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def _listed(study: Config, *names: str) -> Iterator[str]:
     """Lists that are empty or repeat themselves."""
     for name in names:
@@ -52,4 +104,4 @@ def _listed(study: Config, *names: str) -> Iterator[str]:
             yield f"study.{name}={show(study[name])}: must name at least one value, and none twice"
 
 
-STUDIES: tuple[type[Study], ...] = (Corollary1,)
+STUDIES: tuple[type[Study], ...] = (Corollary1, FastAdaptation)

@@ -1,6 +1,7 @@
 """What is computed instead of training: studies of theory, each with its keys in `metalearn.schema.studies`."""
 
-from metalearn.studies.base import Measured, Study, estimate, exact, over
+from metalearn.studies.base import Measured, Study, estimate, exact, over, repeated
 from metalearn.studies.corollary1 import Corollary1
+from metalearn.studies.fast_adaptation import FastAdaptation
 
-__all__ = ["Corollary1", "Measured", "Study", "estimate", "exact", "over"]
+__all__ = ["Corollary1", "FastAdaptation", "Measured", "Study", "estimate", "exact", "over", "repeated"]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from metalearn.evaluation.metrics import TaskMean, metric_name
 from metalearn.random import Key
+from metalearn.statistics import over_seeds
 
 State = dict[str, Any]
 Label = float | int | str
@@ -49,6 +50,13 @@ def over(metric: str, values: Iterable[float], unit: str = "", *, of: str = "tas
     """The mean of one value for each task (or whatever `of` says), with its 95 % interval."""
     kept = tuple(float(v) for v in values)
     return Measured(metric, where, TaskMean(kept).compute(unit) | {"interval": of}, kept)
+
+
+def repeated(metric: str, values: Iterable[float], unit: str = "", **where: Label) -> Measured:
+    """The mean over a few repetitions, with Student's 95 % interval."""
+    found = over(metric, values, unit, of="repetitions", **where)
+    half = over_seeds(found.values).half
+    return found._replace(summary=found.summary | {"ci95": half if math.isfinite(half) else None})
 
 
 def estimate(
