@@ -277,8 +277,10 @@ def test_diverged_seeds_are_counted_and_never_averaged(conf, runs):
 
 
 def test_differences_from_the_papers_protocol_are_footnotes(conf, runs):
-    write(runs / "m10", 0.5 + TASKS, git_dirty=True, git_commit="b" * 40, **{"trainer.max_steps": 50})
-    write(runs / "m11", 0.5 + TASKS, seed=1, protocol={"selection": {"checkpoint": "best", "by": "mean accuracy"}})
+    shorter, best = {"trainer.max_steps": 50}, {"selection": {"checkpoint": "best", "by": "mean accuracy"}}
+    write(runs / "m10", 0.5 + TASKS, git_dirty=True, git_commit="b" * 40, **shorter)
+    write(runs / "m11", 0.5 + TASKS, seed=1, protocol=best, **shorter)
+    write(runs / "m12", 0.5 + TASKS, seed=2, **shorter)
     folders = conf("trainer.max_steps: 100", "trainer.max_steps: 100, algorithm.m: 3")
     found = make("mine/t1", place=runs, config_dirs=folders)
     notes = entries(found)["MAML", "1-shot"].notes
@@ -459,6 +461,15 @@ def test_footnotes_are_numbered_once_and_runs_of_marks_joined(filled):
     assert len({text for _, text in doc.notes}) == len(doc.notes)
     assert [text for _, text in doc.notes if text.startswith("all: bn=batch")]
     assert (ranges([5, 1, 2, 3]), ranges([])) == ("1-3,5", "")
+
+
+@pytest.mark.parametrize(("spread", "text"), [(1.0, "50.0 +- 1.0"), (0.01, "50.000 +- 0.010"), (1e-9, "50.000000 +- ")])
+def test_an_interval_has_two_digits(conf, tmp_path, spread, text):
+    """The published numbers of the first column have one decimal."""
+    for seed, offset in enumerate((-1, 0, 1)):
+        half = stats.t.ppf(0.975, 2) / math.sqrt(3)
+        write(tmp_path / f"{seed}", np.full(4, 0.5 + 0.01 * offset * spread / half), seed=seed)
+    assert text in render(make("mine/t1", place=tmp_path, config_dirs=conf()))
 
 
 def test_results_from_elsewhere_are_not_promised_to_be_left_alone(finished):

@@ -13,6 +13,10 @@ LONG = 40
 """Characters from which on what explains a verdict becomes a footnote."""
 
 
+MOST_DIGITS = 6
+"""Decimals beyond which an interval gets no more."""
+
+
 class Grid(NamedTuple):
     """Rows of texts under a heading; the columns whose numbers are in `left` are flush left. Signs are +- as one."""
 
@@ -79,7 +83,7 @@ def _numbered(entries: Sequence[Entry]) -> tuple[dict[str, int], set[str]]:
 
 
 def _grid(filled: Filled, heading: str, entries: Sequence[Entry], marks: dict[str, int]) -> Grid:
-    digits = max((e.published.decimals for e in entries if e.published and e.published.value is not None), default=3)
+    digits = _digits(entries)
     header = ("method", "ours", "over", "published", "ours - published", "p", "verdict")
     beside = (f"ours - {filled.baseline}", "p") if filled.baseline else ()
     rows = []
@@ -88,6 +92,13 @@ def _grid(filled: Filled, heading: str, entries: Sequence[Entry], marks: dict[st
         versus = _versus(e.against, digits) if filled.baseline else ()
         rows.append((e.row.label, *_ours(e, digits), *_published(e, digits), _verdict(e), *versus, numbers))
     return Grid(heading, (*header, *beside, "notes"), rows, frozenset({0, 6, 7 + len(beside)}))
+
+
+def _digits(entries: Sequence[Entry]) -> int:
+    """Decimals: as many as are published, and enough for two digits of the narrowest interval."""
+    printed = max((e.published.decimals for e in entries if e.published and e.published.value is not None), default=3)
+    halves = [e.ours.half for e in entries if e.ours is not None and math.isfinite(e.ours.half) and e.ours.half > 0]
+    return max(printed, min(MOST_DIGITS, 1 - math.floor(math.log10(min(halves))))) if halves else printed
 
 
 def _ours(e: Entry, digits: int) -> tuple[str, str]:
