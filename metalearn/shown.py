@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from metalearn import cells
-from metalearn.evaluation.metrics import qualifiers_of
+from metalearn.evaluation.metrics import metric_name, qualifiers_of
 from metalearn.ledger import write_atomically
 from metalearn.results import Result
 from metalearn.schema import BadInput
@@ -93,6 +93,25 @@ def scalar(result: Result, name: str) -> tuple[float, float]:
     """Mean and half-width of a number with its whole name; NaN for what is not finite."""
     m = result.data["metrics"][name]
     return _number(m["mean"]), _number(m["ci95"])
+
+
+def values(result: Result, metric: str, **where: Any) -> np.ndarray:
+    """The values behind a mean, one for each task, draw or whatever it is over.
+
+    Args:
+        result: see above.
+        metric: its name without qualifiers.
+        where: all of its qualifiers.
+
+    Raises:
+        KeyError: if the result has no such mean.
+    """
+    rows = result.every_episode()
+    point = metric_name(metric, **where).partition("@")[2] or None
+    rows = rows[(rows["metric"] == metric) & (rows["group"].isna() if point is None else rows["group"] == point)]
+    if rows.empty:
+        raise KeyError(f"{result.folder}: no values of {metric_name(metric, **where)}")
+    return rows.sort_values("episode")["value"].to_numpy("f8")
 
 
 def labels(result: Result, metric: str, qualifier: str) -> list[str]:

@@ -43,8 +43,10 @@ CELLS = {  # of one seed, and seeds
     "tsa/table2": (36, 3),
     "tsa/table5": (16, 3),
     "unravel/corollary1": (1, 1),
+    "unravel/fig1": (1, 1),
     "unravel/fig10b": (9, 2),
     "unravel/fig5": (3, 1),
+    "unravel/fig7": (2, 1),
 }
 COMPOSED_SLOWLY = {
     *("tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"),

@@ -1,16 +1,23 @@
 """Every experiment on the adaptation learning rate that is a study: runs small, draws, and judges what it should."""
 
 import pytest
+import torch
 
-from metalearn import shown
+from metalearn import shown, studies
 from metalearn.cells import expand
 from metalearn.ledger import CellDir
+from metalearn.random import Key
 from metalearn.results import Result
 from metalearn.run import run
+from metalearn.schema import BadInput, fields_of
+from metalearn.schema.studies import Trajectory
 
+PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
     "corollary1": ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"),
     "fig5": ("study.tasks=20", "study.new_tasks=50", "study.repetitions=10", "study.steps=[0,1,10,1000,30000]"),
+    "fig1": PATHS,
+    "fig7": PATHS,
 }
 """Keys that make an experiment a matter of a second."""
 
@@ -74,3 +81,77 @@ def test_fig5_loss_is_higher_before_adaptation_on_the_tasks_of_training_alone(sh
     least, largest = (shown.scalar(results[0], f"eigenvalue@which={w}")[0] for w in ("least", "largest"))
     assert 0 < least < 25 / 3 < largest
     assert (1 - 2e-5 * largest) ** 2000 < gap[3] / gap[0] < (1 - 2e-5 * least) ** 2000
+
+
+# ---- Figures 1 and 7 ---------------------------------------------------------------------------------------------
+
+
+def plane(**keys):
+    """A small study of paths in the plane."""
+    defaults = fields_of(Trajectory)
+    rest = {k: f.default for k, f in defaults.items() if k not in ("name", "threads")}
+    return studies.Trajectory(**rest | {"tasks": 12, "far_tasks": 3, "points": 5, "penalty": 3.0} | keys)
+
+
+def adapted(tasks, rate, factors, inner):
+    """Rows whose least squares are the meta-loss: task by task, after a step of its loss times `inner`."""
+    rows, targets = [], []
+    for phi, a, factor, own in zip(tasks.features, tasks.optima, factors, inner, strict=True):
+        c = factor**0.5 * phi @ (torch.eye(2).double() - 2 * rate * own / len(phi) * phi.mT @ phi)
+        rows.append(c)
+        targets.append(c @ a)
+    return torch.cat(rows), torch.cat(targets)
+
+
+@pytest.mark.parametrize("how", ["loss", "outer"])
+def test_the_path_in_the_plane_is_that_of_least_squares_on_adapted_features(how):
+    """Both readings of the penalty; the fall of the mean distance is its derivative by central differences."""
+    study = plane()
+    tasks = study._drawn(Key(0, "plane"))
+    path = study._path(tasks, how, 3.0)
+    factors = [3.0 if far else 1.0 for far in tasks.is_far]
+
+    def minimiser(rate):
+        c, y = adapted(tasks, rate, factors, factors if how == "loss" else [1.0] * len(factors))
+        return torch.linalg.lstsq(c, y[:, None]).solution[:, 0]
+
+    def distance(rate):
+        return (minimiser(rate) - tasks.optima).norm(dim=1).mean()
+
+    rates = study.ratios * path.limit
+    torch.testing.assert_close(path.w, torch.stack([minimiser(r) for r in rates]), rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(path.distance, torch.stack([distance(r) for r in rates]), rtol=1e-8, atol=1e-10)
+    small = 1e-5 * path.limit
+    fall = (distance(-small) - distance(small)) / (2e-5 * distance(0.0))
+    assert path.fall == pytest.approx(float(fall), rel=1e-5)
+
+
+def test_a_penalty_outside_the_inner_step_alone_moves_nothing_if_tasks_share_their_samples():
+    study = plane()
+    tasks = study._drawn(Key(0, "plane"))
+    same = tasks._replace(features=tasks.features[:1].expand_as(tasks.features))
+    outer, loss = (study._path(same, how, 20.0).w for how in ("outer", "loss"))
+    torch.testing.assert_close(outer, outer[:1].expand_as(outer))
+    assert (loss[2] - loss[0]).norm() > 1
+
+
+@pytest.mark.parametrize(("name", "panels"), [("fig1", 1), ("fig7", 2)])
+def test_paths_come_nearer_to_the_optima_only_with_the_penalty_in_the_loss(shows, name, panels):
+    content, results = shows(name)
+    falls, near, outer = (content.findings[i::3] for i in range(3))
+    assert len(results) == len(falls) == panels
+    assert all(f.holds for f in (*falls, *near)) and not any(f.holds for f in outer)
+    for result in results:
+        assert len(shown.values(result, "optimum", axis=1)) == 110
+        path = shown.line(result, "w", "ratio", axis=2, penalty="loss")
+        slope, _ = shown.scalar(result, "tangent@axis=2,penalty=loss")
+        chord = (path.mean[1] - path.mean[0]) / path.x[1]  # over a quarter of alpha*_lim
+        assert chord == pytest.approx(slope, rel=0.5)
+        with pytest.raises(KeyError, match="no values of optimum@axis=3"):
+            shown.values(result, "optimum", axis=3)
+
+
+@pytest.mark.parametrize("law", ["[]", "[normal,0]", "[cauchy,0,1]", "[uniform,0,inf]", "[chi2,x]"])
+def test_what_is_no_law_with_its_numbers_is_refused(law):
+    with pytest.raises(BadInput, match=r"study.inputs=.*: must be one of \[normal,mean,deviation\]"):
+        expand(["study=trajectory", f"study.inputs={law}", "logger=none"])

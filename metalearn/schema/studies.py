@@ -81,6 +81,31 @@ class FastAdaptation(Study):
         yield from _listed(study, "steps")
 
 
+@dataclass
+class Trajectory(Study):
+    """metalearn.studies.Trajectory."""
+
+    target: ClassVar[str] = "metalearn.studies.Trajectory"
+
+    tasks: int = key(500, "tasks", ge=2)
+    samples: int = key(10, "samples K of each task", ge=2)
+    inputs: list[str] = key(["uniform", "-5", "5"], "law of each of the two features, and its numbers")
+    optima: list[str] = key(["uniform", "-5", "5"], "law of each coordinate of the optima, and its numbers")
+    far_tasks: int = key(25, "tasks of the far cluster", ge=1)
+    far: float = key(15.0, "both coordinates of the middle of the far cluster")
+    far_deviation: float = key(0.5, "standard deviation of the optima of the far cluster", ge=0)
+    penalty: float = key(20.0, "factor of the losses of the far cluster", gt=0)
+    penalties: list[float] = key([2, 5, 10, 20, 50, 100], "such factors for which the nearest rate is sought", gt=0)
+    span: float = key(2.0, "the largest rate, as a multiple of alpha*_lim", gt=1)
+    points: int = key(81, "rates from 0 to the largest", ge=5)
+    draws: int = key(20, "draws of all tasks; the first is drawn", ge=2)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "penalties")
+        yield from _laws(study, "inputs", "optima")
+
+
 def _laws(study: Config, *names: str) -> Iterator[str]:
     """Texts that are no law with its numbers."""
     for name in names:
@@ -104,4 +129,4 @@ def _listed(study: Config, *names: str) -> Iterator[str]:
             yield f"study.{name}={show(study[name])}: must name at least one value, and none twice"
 
 
-STUDIES: tuple[type[Study], ...] = (Corollary1, FastAdaptation)
+STUDIES: tuple[type[Study], ...] = (Corollary1, FastAdaptation, Trajectory)

@@ -3,5 +3,6 @@
 from metalearn.studies.base import Measured, Study, estimate, exact, over, repeated
 from metalearn.studies.corollary1 import Corollary1
 from metalearn.studies.fast_adaptation import FastAdaptation
+from metalearn.studies.trajectory import Trajectory
 
-__all__ = ["Corollary1", "FastAdaptation", "Measured", "Study", "estimate", "exact", "over", "repeated"]
+__all__ = ["Corollary1", "FastAdaptation", "Measured", "Study", "Trajectory", "estimate", "exact", "over", "repeated"]
