@@ -27,6 +27,7 @@ from metalearn.schema import register as register_schemas
 
 DONE, OTHER, BAD_INPUT, DIVERGED = 0, 1, 2, 3
 VERBS = {
+    "alpha": "metalearn.alpha.command",
     "bench": "metalearn.bench.command",
     "check": "metalearn.check.command",
     "figure": "metalearn.figures.command",

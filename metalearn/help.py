@@ -17,6 +17,7 @@ INTRO = """metalearn: train a meta-learning algorithm, test it on frozen episode
   metalearn experiment=<paper>/<id> [size=...]  a prepared sweep, or study; in the size that its file names so
   metalearn --cfg job [...]                     print the whole composed configuration
   metalearn --help <group>                      the keys of a group
+  metalearn alpha [key=value] ...               what the inner learning rate should be, before any training
   metalearn check grad [key=value] ...          whether a run's outer gradient is right, on its own model and data
   metalearn bench [--help]                      how fast meta-steps are, beside other libraries
   metalearn sweep plan [...]                    what a sweep would cost, and the smallest differences it could show

@@ -147,7 +147,7 @@ def test_a_step_of_that_size_is_perfect_where_all_directions_curve_alike():
     learner = linear_form(MAML, normal(d, seed=5), alpha=0.0)
     estimate = t.curvature_terms(t.grams(*tangent(learner, episodes)).traces()).estimate()
     assert estimate.value == pytest.approx(d / (2 * 9.0), rel=SAME) and estimate.se < SAME
-    learner.alpha = estimate.value
+    learner.use_rate(estimate.value)
     theta = learner.constants()
     phi = learner.adapt(theta, episodes.support, steps=1)[1]
     prediction = learner.predict(theta, phi, episodes.query.x, support=episodes.support, bn="batch")

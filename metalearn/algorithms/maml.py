@@ -97,6 +97,10 @@ class MAML(MetaLearner):
         """What inner gradients are multiplied by; a number, a tensor for every leaf, or one for each moving leaf."""
         return self.alpha
 
+    def use_rate(self, alpha: float) -> None:
+        """Take another inner learning rate from now on."""
+        self.rate_in_force = alpha
+
     def multipliers(self, theta: Theta, key: TaskKey | None) -> Params | None:
         """What each moving leaf's step is besides alpha, leaves that broadcast against it; None where it is 1."""
         return None

@@ -37,6 +37,13 @@ class MetaSGD(MAML):
         """The learned rates a."""
         return theta["rates"]
 
+    def use_rate(self, alpha: float) -> None:
+        """Set all rates to alpha."""
+        super().use_rate(alpha)
+        with torch.no_grad():
+            for rate in self.rates.parameters():
+                rate.fill_(alpha)
+
     def initialize(self, seed: int) -> None:
         """Draw theta, and set or draw the rates."""
         super().initialize(seed)

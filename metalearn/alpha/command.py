@@ -1,0 +1,173 @@
+"""`metalearn alpha`: options, printing, files. Imports no torch until the command line is known good."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from metalearn import cells
+from metalearn.cells import Cell
+from metalearn.ledger import write_atomically, write_json
+from metalearn.options import Parser, config_dirs, whole
+from metalearn.schema import BadInput, member_of
+from metalearn.schema.algorithms import GradientSteps
+
+DESCRIPTION = """What a run's inner learning rate should be, from its own training tasks before any training.
+
+  metalearn alpha [group=member] [key=value] ...     for example dataset=sinusoid algorithm=anil
+
+Prints and draws, at the run's initial parameters and for its own inner loss, network, seed and adapted parameters:
+
+- alpha* = E tr(A B) / E tr(A B A) of neural tangent features, A and B the Gauss-Newton curvatures of support and query
+  loss (Zou, Liu & Li, ICLR 2022, Corollary 2; for the mean squared error exactly that), and with B = A (eq. 3.3);
+  this is what algorithm.alpha=auto takes
+- the heuristic range H.18 (mean squared error)
+- 2 / lambda_max of the support loss, from which on gradient steps on its quadratic model diverge
+- the query loss after one step of the algorithm's own, over alphas, on the same tasks
+- values to sweep, as a command
+
+Intervals are 95 % over tasks (bootstrap). alpha.json, alpha.png and alpha.svg go to <output_dir>/alpha/<cell id>."""
+STABILITY_TASKS = 8
+POINTS, SPAN = 11, 32.0
+"""Alphas of the curve, and how far from alpha* it goes."""
+
+
+def parser() -> Parser:
+    """The verb's options."""
+    p = Parser("alpha", DESCRIPTION)
+    p.take_cells()
+    p.add_argument("--tasks", type=whole(2), metavar="N", help="training tasks; default 32, as for alpha=auto")
+    p.add_argument(
+        "--probes", type=whole(0), metavar="P", help="random vectors a task for the traces; 0: exact; default by size"
+    )
+    p.add_argument("--alphas", type=_alphas, metavar="A,A,...", help="of the curve; default 11 around alpha*")
+    p.add_argument("--output", type=Path, metavar="FOLDER", help="for the files, instead of the above")
+    return p
+
+
+def _alphas(text: str) -> list[float]:
+    try:
+        values = sorted({float(v) for v in text.split(",")})
+    except ValueError:
+        values = []
+    if len(values) < 2 or not all(0 < v < math.inf for v in values):
+        raise argparse.ArgumentTypeError(f"{text}: must be at least two numbers > 0, as 0.01,0.1,1")
+    return values
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the verb and return the exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    for swept in cells.swept(options.overrides):
+        raise BadInput(f"alpha: {swept}: names several runs; name one")
+    found = cells.expand(options.overrides, config_dirs(options))
+    if len(found) != 1:
+        raise BadInput(f"alpha: this names {len(found)} runs; name one")
+    (cell,) = found
+    refuse(cell)
+    from metalearn.alpha import picture, study
+
+    report = study.study(cell, tasks=options.tasks, probes=options.probes, alphas=options.alphas)
+    report["sweep_command"] = command(cell, report["sweep"])
+    folder = options.output or Path(cell.config["output_dir"]) / "alpha" / cell.cell_id
+    write_json(folder / "alpha.json", report)
+    for kind in ("png", "svg"):
+        write_atomically(folder / f"alpha.{kind}", picture.encoded(report, kind))
+    print(text(report) + f"\n{folder / 'alpha.json'}, alpha.png, alpha.svg")
+    return 0
+
+
+def refuse(cell: Cell) -> None:
+    """Say why the run has no alpha that could be estimated, if so.
+
+    Raises:
+        BadInput: naming the algorithm, or the key.
+    """
+    section = cell.config["algorithm"]
+    if not issubclass(member_of("algorithm", section), GradientSteps):
+        raise BadInput(
+            f"alpha: algorithm={section['name']}: trains without plain gradient steps of size algorithm.alpha; the "
+            "estimate is for maml and what is made of its inner loop (anil, meta_sgd, tnet, tsa_maml, ...)"
+        )
+    if section.get("rate_init") == "uniform":
+        raise BadInput("algorithm.rate_init=uniform: draws the rates and does not use algorithm.alpha; take constant")
+
+
+def command(cell: Cell, values: Sequence[float]) -> str:
+    """A sweep over these values with the other keys of the cell."""
+    others = [o for o in cell.overrides if not o.startswith("algorithm.alpha=")]
+    return " ".join(["metalearn -m", *others, "algorithm.alpha=" + ",".join(f"{v:g}" for v in values)])
+
+
+def text(report: dict[str, Any]) -> str:
+    """The report for the terminal."""
+    about, star, same = report["about"], report["alpha_star"], report["alpha_star_same_set"]
+    how = "exact" if not star["probes"] else f"{star['probes']} probes a task"
+    rows = [
+        ("alpha*", number(star["value"]), _between(star), f"curvature on query sets (Corollary 2), {how}"),
+        ("  same set", number(same["value"]), _between(same), "curvature on support sets (eq. 3.3)"),
+        _heuristic(report["heuristic"]),
+        _stability(report["stability"]),
+        _curve(report["curve"]),
+    ]
+    widths = [max(len(r[i]) for r in rows) for i in range(3)]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows]
+    title = (
+        f"\n{about['algorithm']} on {about['dataset']} with {about['backbone']}, seed {about['seed']}: {star['tasks']} "
+        f"training tasks before training, {about['moving']:,} parameters move"
+    )
+    return "\n".join([title, *lines, "", *_advice(report), report["sweep_command"]])
+
+
+def _heuristic(found: dict[str, Any] | None) -> tuple[str, str, str, str]:
+    if found is None:
+        return "heuristic range", "-", "", "H.18 is for the mean squared error"
+    scaled = f"{number(found['scaled_low'])} .. {number(found['scaled_high'])}"
+    return (
+        "heuristic range", "", f"{number(found['low'])} .. {number(found['high'])}",
+        f"H.18 for features in [0, 1], n = {found['observations']}; for these, in [{found['least']:.2g}, "
+        f"{found['largest']:.2g}]: {scaled}",
+    )  # fmt: skip
+
+
+def _stability(found: dict[str, Any]) -> tuple[str, str, str, str]:
+    least = "none" if found["least"] is None else number(found["least"])
+    return (
+        "2 / lambda_max", "-" if found["median"] is None else number(found["median"]), f"least {least}",
+        f"median of {found['tasks']} tasks; power iteration, residual {found['residual']:.0%} or less",
+    )  # fmt: skip
+
+
+def _curve(found: dict[str, Any]) -> tuple[str, str, str, str]:
+    at = found["alphas"].index(found["best"])
+    return (
+        "one step, best", number(found["best"]), _between(found),
+        f"query loss {found['losses'][at]:.4g} after a step, {found['start']:.4g} before",
+    )  # fmt: skip
+
+
+def _advice(report: dict[str, Any]) -> list[str]:
+    """What does not agree, said in words."""
+    star, best = report["alpha_star"]["value"], report["curve"]["best"]
+    lines, ratio = [], best / star
+    if not 1 / 4 <= ratio <= 4:
+        times = f"{ratio:.1f} times" if ratio > 1 else f"{1 / ratio:.1f} times less than"
+        lines.append(
+            f"The best single step is {times} alpha*, which takes errors to be alike in all directions; the sweep has "
+            "both."
+        )
+    if best in (report["curve"]["alphas"][0], report["curve"]["alphas"][-1]):
+        lines.append("The curve's best alpha is at its end: --alphas goes further.")
+    return lines
+
+
+def _between(found: dict[str, Any]) -> str:
+    return f"{number(found['low'])} .. {number(found['high'])}"
+
+
+def number(value: float) -> str:
+    """Three digits."""
+    return f"{value:.3g}"

@@ -1,0 +1,79 @@
+"""Everything that `metalearn alpha` says of a cell, as plain data."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from metalearn.algorithms.maml import MAML
+from metalearn.alpha import estimate
+from metalearn.alpha.command import POINTS, SPAN, STABILITY_TASKS
+from metalearn.cells import Cell
+from metalearn.record import git_state, versions
+from metalearn.run import build, build_data, build_learner, set_precision
+from metalearn.schema import BadInput
+
+
+def study(
+    cell: Cell, *, tasks: int | None = None, probes: int | None = None, alphas: Sequence[float] | None = None
+) -> dict[str, Any]:
+    """The content of alpha.json; numbers that are not finite are None.
+
+    Args:
+        cell: the run; what its `algorithm.alpha` is plays no part.
+        tasks: how many; None for `estimate.TASKS`.
+        probes: see `estimate.star`.
+        alphas: of the curve, ascending; None for some around the estimate.
+    """
+    config = copy.deepcopy(cell.config)
+    config["algorithm"]["alpha"] = 1.0
+    set_precision(config["trainer"]["precision"])
+    dataset = build("dataset", config["dataset"])
+    learner, data = build_learner(config, dataset), build_data(config, dataset)
+    assert isinstance(learner, MAML)
+    batch = estimate.tasks_of(learner, data, tasks or estimate.TASKS)
+    try:
+        split = estimate.star(learner, batch, probes=probes)
+        same = estimate.star(learner, batch, same=True, probes=probes)
+    except ValueError as error:
+        raise BadInput(f"alpha: {error}") from None
+    value = split.estimate.value
+    grid = alphas or estimate.ladder(value / SPAN, value * SPAN, POINTS)
+    curve = estimate.curve(learner, batch, grid)
+    trainer, (commit, dirty) = config["trainer"], git_state()
+    heuristic = estimate.heuristic(learner, batch, max(1, trainer["max_steps"]) * trainer["meta_batch_size"])
+    stability = estimate.stability(learner, estimate.first(batch, STABILITY_TASKS))
+    return {
+        "about": {
+            **{group: config[group]["name"] for group in ("algorithm", "dataset", "backbone")},
+            "seed": config["seed"],
+            "moving": sum(p.numel() for k, p in learner.net.named_parameters() if learner.moves(k)),
+            "support": batch.episodes.support.y.shape[1],
+            "query": batch.episodes.query.y.shape[1],
+            "inner_loss_reduction": learner.inner_loss_reduction,
+            "loss": "mse" if learner.kind == "regression" else "cross-entropy",
+            "bn": "batch" if learner.net.has_norm else "none",
+        },
+        "cell_id": cell.cell_id,
+        "overrides": list(cell.overrides),
+        "git_commit": commit,
+        "git_dirty": dirty,
+        "versions": versions(config["dataset"]),
+        "alpha_star": _star(split),
+        "alpha_star_same_set": _star(same),
+        "heuristic": None if heuristic is None else heuristic._asdict(),
+        "stability": {k: v if math.isfinite(v) else None for k, v in stability._asdict().items()},
+        "curve": curve._asdict(),
+        "sweep": estimate.sweep(value, curve.best),
+    }
+
+
+def _star(found: estimate.Found) -> dict[str, Any]:
+    return {
+        **found.estimate._asdict(),
+        **found.interval._asdict(),
+        "tasks": found.tasks,
+        "probes": found.probes,
+    }
