@@ -191,6 +191,13 @@ class MetaLearner(pl.LightningModule, ABC):
 
     # ---- before the first meta-step ------------------------------------------------------------------------------
 
+    def settle(self, data: Episodes) -> dict[str, float]:
+        """Decide from training tasks, at the drawn parameters, what a run decides once; returns what to log of it.
+
+        What is decided is part of the learner's state. Default: nothing.
+        """
+        return {}
+
     def inherit(self, states: Sequence[dict[str, Any]]) -> None:
         """Start from what the cells that this run needs ended with: their learners' state, in the order of the needs.
 

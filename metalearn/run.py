@@ -263,8 +263,8 @@ def fit(
 ) -> None:
     """Train to exactly `max_steps` meta-steps, from the last checkpoint if there is one.
 
-    Before the first meta-step the learner inherits what it starts from and goes through its phases; what they leave it
-    with is checkpointed as meta-step 0.
+    Before the first meta-step the learner settles what it decides once, inherits what it starts from and goes through
+    its phases; what they leave it with is checkpointed as meta-step 0.
     """
     if not recorder.resume(learner):
         prepare(trainer, learner, data, recorder, starts)
@@ -281,14 +281,17 @@ def prepare(
     trainer: pl.Trainer, learner: MetaLearner, data: Episodes, recorder: Recorder, starts: Sequence[State]
 ) -> None:
     """What comes before the first meta-step; a killed run repeats at most the piece that it was at."""
+    learner.to(trainer.strategy.root_device)
+    noted = learner.settle(data)
     if starts:
         learner.inherit(starts)
-    learner.to(trainer.strategy.root_device)
     if phases := learner.phases(data):
         if trainer.world_size > 1:
             raise ValueError(f"{type(learner).__name__} prepares its training in one process; set trainer.devices=1")
-        recorder.note(trainer, 0, learner.begin(products(phases, recorder.cell)))
-    if phases or not data.max_steps:
+        noted |= learner.begin(products(phases, recorder.cell))
+    if noted or phases:
+        recorder.note(trainer, 0, noted)
+    if noted or phases or not data.max_steps:
         recorder.save(learner, "last")
 
 

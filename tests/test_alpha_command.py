@@ -20,6 +20,7 @@ from metalearn.schema import BadInput
 from metalearn.theory import tangent
 from metalearn.theory.alpha_star import limit, split
 
+pytestmark = pytest.mark.usefixtures("compose_once")
 SMALL = ("dataset=sinusoid", "backbone=mlp", "backbone.hidden=[5]", "trainer.precision=64", "trainer.threads=1")
 SAME = 1e-9
 
@@ -176,7 +177,7 @@ def test_a_picture_of_losses_that_are_not_finite(report):
         (["algorithm=reptile"], "alpha: algorithm=reptile: trains without plain"),
         (["algorithm=imaml"], "alpha: algorithm=imaml: trains without plain"),
         (["algorithm=erm"], "alpha: algorithm=erm: trains without plain"),
-        (["algorithm=meta_sgd", "algorithm.rate_init=uniform"], "algorithm.rate_init=uniform: draws the rates"),
+        (["algorithm=meta_sgd", "algorithm.rate_init=uniform"], "algorithm.rate_init=uniform: must be constant"),
         (["seed=0,1"], "alpha: seed=0,1: names several runs"),
         (["--tasks", "1"], "1: must be a whole number >= 2"),
         (["--alphas", "0.1"], "0.1: must be at least two numbers > 0"),

@@ -87,6 +87,8 @@ QUIET = {
     "help later": ["algorithm=maml", "-h"],
     "help trainer": ["--help", "trainer"],
     "help algorithm": ["--help", "algorithm"],
+    "alpha": ["alpha", "--help"],
+    "no alpha": ["alpha", "dataset=sinusoid", "algorithm=protonet"],
     "push": ["wandb", "push", "--help"],
     "push of nothing": ["wandb", "push", "--dry-run", "dataset=sinusoid", "output_dir=nowhere"],
     "no verb of wandb": ["wandb", "pusj"],
@@ -137,6 +139,7 @@ def quiet(no_torch, tmp_path_factory):
         ("no option", "--nope: no such option"),
         ("no report", "report: taylr: must be one of"),
         ("bad option of a report", "--tasks: 3: must be a whole number >= 100"),
+        ("no alpha", "alpha: algorithm=protonet: trains without plain gradient steps"),
         ("no verb of wandb", "wandb: pusj: must be push; did you mean 'push'?"),
         ("several values", "seed=1,2: several values need -m"),
         ("a range", "trainer.threads=range(3): several values need -m"),
@@ -153,6 +156,11 @@ def test_reports_are_listed_and_described(quiet):
     for name, said in (("reports", "outputs/theory/NAME"), ("options of a report", "--sets")):
         code, out, err = quiet[name]
         assert (code, err) == (0, "") and said in out and "Corollary 1" in out
+
+
+def test_alpha_is_described_without_torch(quiet):
+    code, out, err = quiet["alpha"]
+    assert (code, err) == (0, "") and "--tasks" in out and "2 / lambda_max" in out
 
 
 def test_pushing_to_wandb_needs_no_torch(quiet):

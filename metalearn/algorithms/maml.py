@@ -5,13 +5,16 @@ FOMAML is `first_order=True`; ANIL (Raghu et al., ICLR 2020) is `adapted="head"`
 of Nichol, Achiam & Schulman 2018, https://arxiv.org/abs/1803.02999 (section 6.2 and their code).
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
 
+from metalearn.algorithms.estimated_rate import EstimatedRate
 from metalearn.algorithms.pools import minibatches, pooled, take
 from metalearn.algorithms.running_rate import RunningRate
 from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, Theta
@@ -24,6 +27,9 @@ from metalearn.random import TaskKey
 from metalearn.schema import BadInput
 from metalearn.theory.alpha_star import head_rate
 
+if TYPE_CHECKING:
+    from metalearn.data import Episodes
+
 Context = tuple[Params, Tensor, Tensor]
 
 
@@ -31,7 +37,8 @@ class MAML(MetaLearner):
     """phi_i = theta - alpha grad L(theta; S_i), `inner_steps` times; theta descends the mean query loss of phi_i.
 
     Args:
-        alpha: inner learning rate, for the loss that `inner_loss_reduction` defines; or `online`: before every update
+        alpha: inner learning rate, for the loss that `inner_loss_reduction` defines; or `auto`: estimated once, before
+            training, from the tangent features of training tasks (`metalearn.alpha`); or `online`: before every update
             it is estimated from the features that enter the moving layers, for all tasks of the meta-batch, and the
             moving average of these estimates is the rate, in training and in evaluation (derived for a linear head
             and the mean squared error: Zou, Liu & Li, ICLR 2022, Figure 3).
@@ -57,7 +64,7 @@ class MAML(MetaLearner):
     def __init__(
         self,
         *,
-        alpha: float | Literal["online"],
+        alpha: float | Literal["auto", "online"],
         test_alpha: float | None = None,
         alpha_cov: Literal["gram_mean", "feature_mean", "diag"] = "gram_mean",
         alpha_momentum: float = 0.9,
@@ -71,7 +78,8 @@ class MAML(MetaLearner):
         super().__init__(**learner)
         self.first_order, self.adapted, self.inner_clip = first_order, adapted, inner_clip
         self.running_rate = RunningRate(momentum=alpha_momentum) if alpha == "online" else None
-        self.rate_in_force = None if alpha == "online" else alpha
+        self.estimated_rate = EstimatedRate() if alpha == "auto" else None
+        self.rate_in_force = None if isinstance(alpha, str) else alpha
         self.test_alpha, self.alpha_cov = test_alpha, alpha_cov
         self.variant, self.minibatch = variant, minibatch
         if variant != "query" and type(self).origin is not MAML.origin:
@@ -87,9 +95,11 @@ class MAML(MetaLearner):
 
     @property
     def alpha(self) -> float | Tensor:
-        """The inner learning rate in force: a number, or the running estimate."""
+        """The inner learning rate in force: a number (NaN until `settle` has estimated it), or the running estimate."""
         if self.rate_in_force is not None:
             return self.rate_in_force
+        if self.estimated_rate is not None:
+            return self.estimated_rate.value
         assert self.running_rate is not None
         return self.running_rate.value
 
@@ -97,9 +107,26 @@ class MAML(MetaLearner):
         """What inner gradients are multiplied by; a number, a tensor for every leaf, or one for each moving leaf."""
         return self.alpha
 
-    def use_rate(self, alpha: float) -> None:
-        """Take another inner learning rate from now on."""
+    def use_rate(self, alpha: float | None) -> None:
+        """Take another inner learning rate from now on; None for the one that `alpha` of the constructor means."""
         self.rate_in_force = alpha
+
+    def settle(self, data: Episodes) -> dict[str, float]:
+        """Estimate alpha, if it is `auto`.
+
+        Raises:
+            BadInput: if there is no estimate, because features are zero or not finite.
+        """
+        if self.estimated_rate is None:
+            return {}
+        from metalearn.alpha import estimate
+
+        try:
+            found = estimate.star(self, estimate.tasks_of(self, data, estimate.TASKS))
+        except ValueError as error:
+            raise BadInput(f"algorithm.alpha=auto: {error}; set a number") from None
+        self.estimated_rate.found = found.numbers()
+        return {"alpha": found.estimate.value, "alpha_low": found.interval.low, "alpha_high": found.interval.high}
 
     def multipliers(self, theta: Theta, key: TaskKey | None) -> Params | None:
         """What each moving leaf's step is besides alpha, leaves that broadcast against it; None where it is 1."""
@@ -144,7 +171,9 @@ class MAML(MetaLearner):
         return super().reports() | ({"alpha": float(self.alpha)} if self.running_rate else {})
 
     def findings(self) -> dict[str, dict[str, Any]]:
-        """The estimated rate as `alpha_star`: a single number, of the checkpoint that is tested."""
+        """The estimated rate as `alpha_star`: that before training, or the running one of the tested checkpoint."""
+        if self.estimated_rate is not None and self.estimated_rate.found:
+            return {"alpha_star": self.estimated_rate.metric()}
         if self.running_rate is None:
             return {}
         return {"alpha_star": TaskMean([float(self.running_rate.value)]).compute("1")}

@@ -1,6 +1,8 @@
 """Meta-SGD: the inner learning rate of every parameter is learned (Li, Zhou, Chen & Li 2017, arXiv:1707.09835)."""
 
-from typing import Any, Literal
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -9,6 +11,9 @@ from metalearn.algorithms.maml import MAML
 from metalearn.episode import Params, Theta
 from metalearn.parameters import Parameters
 from metalearn.random import Key, TaskKey
+
+if TYPE_CHECKING:
+    from metalearn.data import Episodes
 
 UNIFORM = (0.005, 0.1)
 
@@ -31,18 +36,28 @@ class MetaSGD(MAML):
         super().__init__(alpha=alpha, **learner)
         self.rate_init = rate_init
         moving = {k: p for k, p in self.net.named_parameters() if self.moves(k)}
-        self.rates = Parameters({k: torch.full_like(p, alpha) for k, p in moving.items()})
+        self.rates = Parameters({k: torch.full_like(p, float(self.alpha)) for k, p in moving.items()})
 
     def inner_rate(self, theta: Theta, key: TaskKey | None) -> float | Tensor | Params:
         """The learned rates a."""
         return theta["rates"]
 
-    def use_rate(self, alpha: float) -> None:
+    def use_rate(self, alpha: float | None) -> None:
         """Set all rates to alpha."""
         super().use_rate(alpha)
+        self._fill()
+
+    def settle(self, data: Episodes) -> dict[str, float]:
+        """Estimate alpha, if it is `auto`, and set all rates to it."""
+        found = super().settle(data)
+        if found:
+            self._fill()
+        return found
+
+    def _fill(self) -> None:
         with torch.no_grad():
             for rate in self.rates.parameters():
-                rate.fill_(alpha)
+                rate.fill_(float(self.alpha))
 
     def initialize(self, seed: int) -> None:
         """Draw theta, and set or draw the rates."""
@@ -51,7 +66,7 @@ class MetaSGD(MAML):
             generator = torch.Generator().manual_seed(Key(seed, "init/rates").sub(name).integer())
             with torch.no_grad():
                 if self.rate_init == "constant":
-                    rate.fill_(self.alpha)
+                    rate.fill_(float(self.alpha))
                 else:
                     rate.uniform_(*UNIFORM, generator=generator)
 

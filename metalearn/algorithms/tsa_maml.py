@@ -8,6 +8,7 @@ the support set; the D^ts in the printed objective and Algorithm 1 is read as a 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 GROUP = "chosen_group"
 PIECE = 64  # tasks that are adapted and kept at once before training; changes rounding alone
 WINDOW = 500  # outer updates that usage is told of
+KEPT = {"net", "regularizer", "running", "estimated_rate"}  # of the run that comes first
 MOST = 0.95  # share of the tasks of one group above which routing has collapsed
 
 
@@ -162,7 +164,9 @@ class TSAMAML(MAML):
         return self.network(theta) | chosen
 
     def origin(self, theta: Theta, support: Examples, key: TaskKey | None) -> Params:
-        """Theta_g(T)."""
+        """Theta_g(T); theta* before alpha is known, when all groups are there."""
+        if math.isnan(self.alpha):
+            return self.network(theta)
         return self.start(theta, self.route(theta, support))
 
     def task_loss(self, theta: Theta, episodes: Episode, key: TaskKey | None = None) -> TaskOutput:
@@ -213,7 +217,7 @@ class TSAMAML(MAML):
     def inherit(self, states: Sequence[dict[str, Any]]) -> None:
         """Take theta* from a run of MAML, and what it learned inside a regularizer."""
         (state,) = states
-        if foreign := {name.partition(".")[0] for name in state} - {"net", "regularizer", "running"}:
+        if foreign := {name.partition(".")[0] for name in state} - KEPT:
             raise BadInput(f"algorithm.pretrained: must be a run of maml, and it has {', '.join(sorted(foreign))}, too")
         own = {k: p for k, p in self.named_parameters() if not k.startswith("groups.")}
         for name, parameter in own.items():

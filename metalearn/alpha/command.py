@@ -12,8 +12,7 @@ from metalearn import cells
 from metalearn.cells import Cell
 from metalearn.ledger import write_atomically, write_json
 from metalearn.options import Parser, config_dirs, whole
-from metalearn.schema import BadInput, member_of
-from metalearn.schema.algorithms import GradientSteps
+from metalearn.schema import BadInput, fields_of, member_of
 
 DESCRIPTION = """What a run's inner learning rate should be, from its own training tasks before any training.
 
@@ -87,13 +86,15 @@ def refuse(cell: Cell) -> None:
         BadInput: naming the algorithm, or the key.
     """
     section = cell.config["algorithm"]
-    if not issubclass(member_of("algorithm", section), GradientSteps):
+    schema = member_of("algorithm", section)
+    if "auto" not in schema.alpha_words:
         raise BadInput(
             f"alpha: algorithm={section['name']}: trains without plain gradient steps of size algorithm.alpha; the "
             "estimate is for maml and what is made of its inner loop (anil, meta_sgd, tnet, tsa_maml, ...)"
         )
-    if section.get("rate_init") == "uniform":
-        raise BadInput("algorithm.rate_init=uniform: draws the rates and does not use algorithm.alpha; take constant")
+    given = {k: fields_of(schema)[k].default for k in ("alpha_cov", "alpha_momentum") if k in section}
+    for problem in schema.problems(section | {"alpha": "auto"} | given, cell.config):
+        raise BadInput(problem)
 
 
 def command(cell: Cell, values: Sequence[float]) -> str:

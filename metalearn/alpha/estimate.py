@@ -37,6 +37,10 @@ class Found(NamedTuple):
     tasks: int
     probes: int
 
+    def numbers(self) -> dict[str, float]:
+        """All of it by name."""
+        return {**self.estimate._asdict(), **self.interval._asdict(), "tasks": self.tasks, "probes": self.probes}
+
 
 def tasks_of(learner: MAML, data: Episodes, count: int) -> MetaBatch:
     """The training tasks that the estimate is of: a stream of the run's own that no meta-step draws from."""
@@ -163,7 +167,7 @@ class Curve(NamedTuple):
 
 def curve(learner: MAML, batch: MetaBatch, alphas: Sequence[float]) -> Curve:
     """See `Curve`; through the learner's own `adapt` and `predict`, and with its rate set back in the end."""
-    theta, kept = learner.constants(), float(learner.alpha)
+    theta, kept = learner.constants(), learner.rate_in_force
 
     def losses(steps: int) -> Tensor:
         def after(episodes: Episode, key: TaskKey) -> Tensor:

@@ -28,7 +28,7 @@ def study(
         alphas: of the curve, ascending; None for some around the estimate.
     """
     config = copy.deepcopy(cell.config)
-    config["algorithm"]["alpha"] = 1.0
+    config["algorithm"]["alpha"] = "auto"
     set_precision(config["trainer"]["precision"])
     dataset = build("dataset", config["dataset"])
     learner, data = build_learner(config, dataset), build_data(config, dataset)
@@ -61,19 +61,10 @@ def study(
         "git_commit": commit,
         "git_dirty": dirty,
         "versions": versions(config["dataset"]),
-        "alpha_star": _star(split),
-        "alpha_star_same_set": _star(same),
+        "alpha_star": split.numbers(),
+        "alpha_star_same_set": same.numbers(),
         "heuristic": None if heuristic is None else heuristic._asdict(),
         "stability": {k: v if math.isfinite(v) else None for k, v in stability._asdict().items()},
         "curve": curve._asdict(),
         "sweep": estimate.sweep(value, curve.best),
-    }
-
-
-def _star(found: estimate.Found) -> dict[str, Any]:
-    return {
-        **found.estimate._asdict(),
-        **found.interval._asdict(),
-        "tasks": found.tasks,
-        "probes": found.probes,
     }

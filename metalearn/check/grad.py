@@ -79,6 +79,7 @@ def _double(cell: Cell, dataset: Any, tasks: int) -> tuple[MetaLearner, MetaBatc
     learner.compiler = None
     data: Episodes = build_data(cell.config, dataset)
     data.meta_batch_size, data.dtype = tasks, torch.float64
+    learner.settle(data)
     return learner, next(iter(data.training(0, 1)))
 
 
@@ -171,6 +172,7 @@ def _run_precision(cell: Cell, dataset: Any, batch: MetaBatch, grads: list[Tenso
     learner = build_learner(cell.config, dataset)
     learner.compiler = None
     batch = batch._replace(episodes=batch.episodes.to(dtype))
+    learner.settle(build_data(cell.config, dataset))
     learner.observe(batch)
     error = _apart([g.double() for g in meta_gradient(learner, batch).grads], grads)
     return Check(f"precision {precision}", error, SINGLE, "<", error < SINGLE)

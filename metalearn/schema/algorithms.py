@@ -118,6 +118,7 @@ class GradientSteps(InnerLoop):
     """What `metalearn.algorithms.MAML` and the algorithms that are made of its inner loop share."""
 
     keyless: ClassVar[frozenset[str]] = frozenset({"variant", "minibatch", "test_alpha", "alpha_cov", "alpha_momentum"})
+    alpha_words: ClassVar[frozenset[str]] = frozenset({"auto"})
 
     first_order: bool = key(False, "treat inner gradients as constants (FOMAML)")
     adapted: str = key("", "prefix of the parameters that the inner loop moves; empty for all, head for ANIL")
@@ -135,6 +136,8 @@ class GradientSteps(InnerLoop):
 
         yield from super().problems(algorithm, run)
         yield from _adapts_nothing(algorithm, run)
+        if algorithm["alpha"] == "auto" and run["trainer"]["devices"] > 1:
+            yield f"trainer.devices={run['trainer']['devices']}: must be 1 with algorithm.alpha=auto"
         size = algorithm["network_size"]
         if size is not None and not hasattr(member_of("backbone", run["backbone"]), "enlarged"):
             name = run["backbone"]["name"]
@@ -147,7 +150,7 @@ class MAML(GradientSteps):
 
     target: ClassVar[str] = "metalearn.algorithms.MAML"
     keyless: ClassVar[frozenset[str]] = frozenset()
-    alpha_words: ClassVar[frozenset[str]] = frozenset({"online"})
+    alpha_words: ClassVar[frozenset[str]] = frozenset({"auto", "online"})
 
     test_alpha: float | None = key(
         None,
@@ -307,7 +310,7 @@ class MetaSGD(MAML):
     """metalearn.algorithms.MetaSGD."""
 
     target: ClassVar[str] = "metalearn.algorithms.MetaSGD"
-    alpha_words: ClassVar[frozenset[str]] = frozenset()
+    alpha_words: ClassVar[frozenset[str]] = frozenset({"auto"})
 
     alpha: float | str = rate(0.1, "initial inner learning rate of every parameter (rate_init=constant)", ge=0)
     test_steps: int = key(1, "inner steps in validation and test; rates are learned for as many as in training", ge=0)
@@ -320,6 +323,8 @@ class MetaSGD(MAML):
         yield from super().problems(algorithm, run)
         if algorithm["test_alpha"] is not None:
             yield f"algorithm.test_alpha={algorithm['test_alpha']}: must be null with meta_sgd, which learns its rates"
+        if (algorithm["alpha"], algorithm["rate_init"]) == ("auto", "uniform"):
+            yield "algorithm.rate_init=uniform: must be constant with algorithm.alpha=auto, which it would not use"
 
 
 @dataclass
@@ -436,7 +441,7 @@ class TNet(MAML):
     """metalearn.algorithms.TNet."""
 
     target: ClassVar[str] = "metalearn.algorithms.TNet"
-    alpha_words: ClassVar[frozenset[str]] = frozenset()
+    alpha_words: ClassVar[frozenset[str]] = frozenset({"auto"})
 
     test_steps: int = key(
         1, "inner steps in validation and test; the metric is learned for as many as in training", ge=0
