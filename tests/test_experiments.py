@@ -44,7 +44,10 @@ CELLS = {  # of one seed, and seeds
     "tsa/table5": (16, 3),
     "unravel/corollary1": (1, 1),
     "unravel/fig1": (1, 1),
+    "unravel/fig10a": (9, 2),
     "unravel/fig10b": (9, 2),
+    "unravel/fig12": (13, 3),
+    "unravel/fig3": (5, 3),
     "unravel/fig5": (3, 1),
     "unravel/fig7": (2, 1),
 }
@@ -64,7 +67,9 @@ NO_FILES = [  # an experiment that needs no data files, and how to make the algo
     pytest.param("trlearner/table9", (), marks=pytest.mark.slow),
     ("tsa/fig3_group_regression", ("algorithm.pretrain_steps=1", "algorithm.tasks=9")),
     ("tsa/table1_group_regression", ("algorithm=reptile",)),
+    ("unravel/fig10a", ()),
     ("unravel/fig10b", ()),
+    ("unravel/fig12", ()),
 ]
 LEFT_OUT = {  # published numbers that are no cell of a table, and why
     (
