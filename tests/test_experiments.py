@@ -46,10 +46,13 @@ CELLS = {  # of one seed, and seeds
     "unravel/fig1": (1, 1),
     "unravel/fig10a": (9, 2),
     "unravel/fig10b": (9, 2),
+    "unravel/fig11": (1, 1),
     "unravel/fig12": (13, 3),
     "unravel/fig3": (5, 3),
     "unravel/fig5": (3, 1),
+    "unravel/fig6": (1, 1),
     "unravel/fig7": (2, 1),
+    "unravel/fig8": (3, 1),
 }
 COMPOSED_SLOWLY = {
     *("tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"),

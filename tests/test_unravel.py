@@ -1,7 +1,10 @@
 """Every experiment on the adaptation learning rate that is a study: runs small, draws, and judges what it should."""
 
+from collections import Counter
+
 import pytest
 import torch
+from numpy.polynomial.legendre import leggauss
 
 from metalearn import shown, studies
 from metalearn.cells import expand
@@ -11,13 +14,25 @@ from metalearn.results import Result
 from metalearn.run import run
 from metalearn.schema import BadInput, fields_of
 from metalearn.schema.studies import Trajectory
+from metalearn.studies.bernacchia import lowest
+from metalearn.studies.estimation_error import loglog_slope, rows_limit
+from metalearn.theory import alpha_star, designs
 
 PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
     "corollary1": ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"),
+    "fig11": ("study.runs=20", "study.points=21"),
     "fig5": ("study.tasks=20", "study.new_tasks=50", "study.repetitions=10", "study.steps=[0,1,10,1000,30000]"),
     "fig1": PATHS,
     "fig7": PATHS,
+    "fig6": ("study.width=7", "study.samples=4"),
+    "fig8": (
+        "study.tasks=[4,16,64,256]",
+        "study.slope_from=16",
+        "study.samples=20",
+        "study.width=4",
+        "study.repetitions=6",
+    ),
 }
 """Keys that make an experiment a matter of a second."""
 
@@ -155,3 +170,81 @@ def test_paths_come_nearer_to_the_optima_only_with_the_penalty_in_the_loss(shows
 def test_what_is_no_law_with_its_numbers_is_refused(law):
     with pytest.raises(BadInput, match=r"study.inputs=.*: must be one of \[normal,mean,deviation\]"):
         expand(["study=trajectory", f"study.inputs={law}", "logger=none"])
+
+
+# ---- Figures 6, 8 and 11 -----------------------------------------------------------------------------------------
+
+
+def test_fig6_coefficients_count_tuples(shows):
+    """By enumeration, for seven powers."""
+    content, (result,) = shows("fig6")
+    assert all(f.holds for f in content.findings)
+    powers = range(7)
+    counted = {
+        1: Counter(i + j for i in powers for j in powers),
+        2: Counter(i + j + h for i in powers for j in powers for h in powers),
+        3: Counter(i + 2 * j + h for i in powers for j in powers for h in powers),
+    }
+    for g, counts in counted.items():
+        found = shown.line(result, "coefficient", "order", g=g)
+        assert dict(zip(found.x, found.mean, strict=True)) == counts
+
+
+def test_fig8_limits_are_those_of_many_tasks(shows):
+    """Exact limits (moments, quadrature) within four standard errors of eq. 3.3 on sampled features."""
+    _, results = shows("fig8")
+    assert [r.config["study"]["basis"] for r in results] == ["matrix", "gaussian", "polynomial"]
+    for result in results:
+        keys = {k: v for k, v in result.config["study"].items() if k not in ("_target_", "name", "threads")}
+        basis = studies.EstimationError(**keys).basis
+        sampled = alpha_star.limit(basis.design.draw(4000, keys["samples"], torch.Generator().manual_seed(1)))
+        assert basis.limit == pytest.approx(sampled.value, abs=4 * sampled.se) and sampled.se < 0.02 * basis.limit
+
+
+def test_a_quadrature_of_rows_gives_the_limit_that_moments_give():
+    nodes, weights = (torch.from_numpy(v) for v in leggauss(40))
+    law, scale = designs.uniform(-5, 5), designs.taylor_coefficients(5)
+    rows = torch.tensor(scale, dtype=torch.float64) * (5 * nodes[:, None]) ** torch.arange(5)
+    exact = designs.polynomial_limit(12, 5, law.moments(24), scale)
+    assert rows_limit(12, rows, weights / 2) == pytest.approx(exact, rel=1e-12)
+
+
+def test_the_slope_of_errors_is_that_of_a_power_law_with_the_error_of_its_means():
+    """Errors 3 N^-0.7 |z|: the slope's standard error is that over many such experiments."""
+    generator = torch.Generator().manual_seed(0)
+    found = []
+    for _ in range(400):
+        z = torch.randn(5, 10, generator=generator, dtype=torch.float64).abs()
+        found.append(loglog_slope({2 << i: (3 * (2 << i) ** -0.7 * z[i]).tolist() for i in range(5)}))
+    values, errors = torch.tensor(found).T
+    assert values.mean() == pytest.approx(-0.7, abs=0.03)
+    assert values.std() == pytest.approx(errors.mean(), rel=0.25)
+
+
+def test_fig8_error_falls_with_more_tasks(shows):
+    content, results = shows("fig8")
+    assert len(content.findings) == 3
+    for result in results:
+        error = shown.line(result, "error", "N").mean
+        assert error[0] > 2 * error[-1] and -1.2 < shown.scalar(result, "slope@tasks=all")[0] < -0.2
+
+
+def test_fig11_the_best_rate_is_positive_where_it_is_the_same_in_tests(shows):
+    """The minimum at 0.14 with loss 0.0388, the estimate 5 / 36; with alpha_r = 0.2, a flat one near 0."""
+    content, (result,) = shows("fig11")
+    assert [f.holds for f in content.findings[:3]] == [True, True, True]
+    rate, half = shown.scalar(result, "best_rate@test=same")
+    assert rate == pytest.approx(0.14, abs=0.015) and 0 < half < 0.02
+    assert shown.scalar(result, "least_loss@test=same")[0] == pytest.approx(0.0388, abs=3e-4)
+    assert shown.scalar(result, "alpha")[0] == pytest.approx(5 / 36)
+    estimate, wide = shown.scalar(result, "estimate")
+    assert estimate == pytest.approx(5 / 36, abs=2 * wide) and wide < 0.005
+    assert abs(shown.scalar(result, "best_rate@test=fixed")[0]) < 0.1
+    best = [shown.scalar(result, f"least_loss@test={test}")[0] for test in ("best", "same", "fixed")]
+    assert best == sorted(best)
+
+
+def test_the_least_of_parabolas_between_the_points_of_a_grid():
+    rates = torch.linspace(-1, 1, 9, dtype=torch.float64)
+    at = torch.tensor([-0.33, 0.0, 0.41], dtype=torch.float64)
+    assert torch.allclose(lowest(rates, 2 + (rates[:, None] - at) ** 2), at)

@@ -57,6 +57,58 @@ LAWS = {
 
 
 @dataclass
+class Bernacchia(Study):
+    """metalearn.studies.Bernacchia."""
+
+    target: ClassVar[str] = "metalearn.studies.Bernacchia"
+
+    tasks: int = key(40, "tasks m of training", ge=2)
+    support: int = key(5, "support samples n_t in training", ge=1)
+    query: int = key(25, "query samples n_v in training", ge=1)
+    test_support: int = key(10, "support samples n_r in tests", ge=1)
+    width: int = key(30, "parameters p", ge=1)
+    noise: float = key(0.2, "standard deviation sigma of the labels' noise", ge=0)
+    spread: float = key(0.2, "root of the mean squared distance nu of tasks from their centre", gt=0)
+    low: float = key(-0.4, "least rate of training; losses have the factor 1/2")
+    high: float = key(0.6, "largest rate of training")
+    points: int = key(51, "rates from low to high", ge=5)
+    fixed_rate: float = key(0.2, "rate of tests where it is not that of training")
+    runs: int = key(300, "draws of the training tasks", ge=10)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        if study["high"] <= study["low"]:
+            yield f"study.high={show(study['high'])}: must be > study.low={show(study['low'])}"
+
+
+@dataclass
+class EstimationError(Study):
+    """metalearn.studies.EstimationError."""
+
+    target: ClassVar[str] = "metalearn.studies.EstimationError"
+
+    basis: str = key("matrix", "features of x", choices=("matrix", "gaussian", "polynomial"))
+    low: float = key(-5.0, "least x; x is uniform")
+    high: float = key(5.0, "largest x")
+    samples: int = key(50, "samples K of each task", ge=1)
+    width: int = key(20, "features d", ge=1)
+    bandwidth: float = key(1.0, "width sigma of Gaussian features", gt=0)
+    tasks: list[int] = key([2**i for i in range(1, 14)], "numbers of tasks N", ge=2)
+    slope_from: int = key(32, "the slope is of the numbers of tasks from this one on", ge=2)
+    repetitions: int = key(10, "draws of the tasks for each N", ge=2)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "tasks")
+        if study["high"] <= study["low"]:
+            yield f"study.high={show(study['high'])}: must be > study.low={show(study['low'])}"
+        if study["basis"] == "polynomial" and study["width"] > 6:
+            yield f"study.width={study['width']}: must be <= 6 for study.basis=polynomial, whose condition explodes"
+        if sum(n >= study["slope_from"] for n in study["tasks"]) < 2:
+            yield f"study.slope_from={study['slope_from']}: must leave two of study.tasks={show(study['tasks'])}"
+
+
+@dataclass
 class FastAdaptation(Study):
     """metalearn.studies.FastAdaptation."""
 
@@ -106,6 +158,21 @@ class Trajectory(Study):
         yield from _laws(study, "inputs", "optima")
 
 
+@dataclass
+class PolynomialMoments(Study):
+    """metalearn.studies.PolynomialMoments."""
+
+    target: ClassVar[str] = "metalearn.studies.PolynomialMoments"
+
+    width: int = key(50, "features d, powers 0 to d - 1", ge=1, le=100)
+    samples: int = key(50, "samples K of the traces", ge=1)
+    inputs: list[str] = key(["uniform", "-1", "1"], "law of x in the traces, and its numbers")
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _laws(study, "inputs")
+
+
 def _laws(study: Config, *names: str) -> Iterator[str]:
     """Texts that are no law with its numbers."""
     for name in names:
@@ -129,4 +196,11 @@ def _listed(study: Config, *names: str) -> Iterator[str]:
             yield f"study.{name}={show(study[name])}: must name at least one value, and none twice"
 
 
-STUDIES: tuple[type[Study], ...] = (Corollary1, FastAdaptation, Trajectory)
+STUDIES: tuple[type[Study], ...] = (
+    Bernacchia,
+    Corollary1,
+    EstimationError,
+    FastAdaptation,
+    PolynomialMoments,
+    Trajectory,
+)

@@ -1,8 +1,24 @@
 """What is computed instead of training: studies of theory, each with its keys in `metalearn.schema.studies`."""
 
 from metalearn.studies.base import Measured, Study, estimate, exact, over, repeated
+from metalearn.studies.bernacchia import Bernacchia
 from metalearn.studies.corollary1 import Corollary1
+from metalearn.studies.estimation_error import EstimationError
 from metalearn.studies.fast_adaptation import FastAdaptation
+from metalearn.studies.polynomial_moments import PolynomialMoments
 from metalearn.studies.trajectory import Trajectory
 
-__all__ = ["Corollary1", "FastAdaptation", "Measured", "Study", "Trajectory", "estimate", "exact", "over", "repeated"]
+__all__ = [
+    "Bernacchia",
+    "Corollary1",
+    "EstimationError",
+    "FastAdaptation",
+    "Measured",
+    "PolynomialMoments",
+    "Study",
+    "Trajectory",
+    "estimate",
+    "exact",
+    "over",
+    "repeated",
+]
