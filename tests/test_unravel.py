@@ -27,11 +27,11 @@ SMALL = {
     "fig7": PATHS,
     "fig6": ("study.width=7", "study.samples=4"),
     "fig8": (
-        "study.tasks=[4,16,64,256]",
-        "study.slope_from=16",
+        "study.tasks=[4,32,256]",
+        "study.slope_from=32",
         "study.samples=20",
         "study.width=4",
-        "study.repetitions=6",
+        "study.repetitions=4",
     ),
 }
 """Keys that make an experiment a matter of a second."""
