@@ -53,6 +53,9 @@ CELLS = {  # of one seed, and seeds
     "unravel/fig6": (1, 1),
     "unravel/fig7": (2, 1),
     "unravel/fig8": (3, 1),
+    "unravel/fig2": (2, 1),
+    "unravel/fig4b": (1, 1),
+    "unravel/table2": (1, 1),
 }
 COMPOSED_SLOWLY = {
     *("tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"),
@@ -261,14 +264,16 @@ def test_a_tables_experiment_fills_each_of_its_cells_once(name):
     fills: dict[tuple[str, str], int] = {}
     for cell in one_seed(table.experiment):
         spots = [
-            (row.label, column.label)
+            (row, column)
             for row in table.rows
             for column in table.columns
             if matches(cell.config, {**row.where, **column.where})
         ]
-        assert len(spots) == len({column.bn for column in table.columns}), (cell.overrides, spots)
-        for spot in spots:
-            fills[spot] = fills.get(spot, 0) + 1
+        numbers = [(column.metric, column.bn, column.group, column.step) for _, column in spots]
+        assert len(set(numbers)) == len(numbers), (cell.overrides, numbers)
+        assert {column.bn for _, column in spots} == {column.bn for column in table.columns}, cell.overrides
+        for row, column in spots:
+            fills[row.label, column.label] = fills.get((row.label, column.label), 0) + 1
     assert fills and set(fills.values()) == {1}
 
 

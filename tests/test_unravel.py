@@ -14,9 +14,14 @@ from metalearn.results import Result
 from metalearn.run import run
 from metalearn.schema import BadInput, fields_of
 from metalearn.schema.studies import Trajectory
+from metalearn.studies import TangentVariance
 from metalearn.studies.bernacchia import lowest
 from metalearn.studies.estimation_error import loglog_slope, rows_limit
+from metalearn.tables import command
+from metalearn.tables.compare import values
+from metalearn.tables.definition import load
 from metalearn.theory import alpha_star, designs
+from metalearn.unravel import fig2, fig4b, table2
 
 PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
@@ -33,6 +38,12 @@ SMALL = {
         "study.width=4",
         "study.repetitions=4",
     ),
+    "fig2": (
+        *("study.tasks=[6,4]", "study.samples=[3,5]", "study.width=32", "study.points=7", "study.test_tasks=9"),
+        "study.queries=4",
+    ),
+    "fig4b": ("study.variances=[0.5,3,30]", "study.tasks=40", "study.width=64"),
+    "table2": ("study.pretrain_steps=2", "study.tasks=20", "study.test_tasks=9", "study.queries=5"),
 }
 """Keys that make an experiment a matter of a second."""
 
@@ -248,3 +259,88 @@ def test_the_least_of_parabolas_between_the_points_of_a_grid():
     rates = torch.linspace(-1, 1, 9, dtype=torch.float64)
     at = torch.tensor([-0.33, 0.0, 0.41], dtype=torch.float64)
     assert torch.allclose(lowest(rates, 2 + (rates[:, None] - at) ** 2), at)
+
+
+def with_means(result: Result, means: dict[str, float]) -> Result:
+    """The result with other means of the metrics that have all these words in their names (`metric by=...`)."""
+    metrics = dict(result.data["metrics"])
+    for words, mean in means.items():
+        name, *qualifiers = words.split()
+        for known in [k for k in metrics if k.partition("@")[0] == name and all(q in k for q in qualifiers)]:
+            metrics[known] = metrics[known] | {"mean": mean}
+    return Result(result.folder, result.data | {"metrics": metrics})
+
+
+@pytest.mark.parametrize(
+    ("eq33", "h14", "h15", "holds"),
+    [
+        ((1.0, 1.0), (1.0, 1.0), (9.0, 9.0), True),  # H.15 is reported alone
+        ((1.9, 1.1), (3.0, 3.0), (1.0, 1.0), True),
+        ((3.0, 3.0), (0.6, 1.1), (1.0, 1.0), True),  # one of both is enough
+        ((1.9, 1.3), (2.1, 1.1), (1.0, 1.0), False),  # rate and loss of the same
+        ((0.4, 1.0), (3.0, 1.0), (1.0, 1.0), False),
+    ],
+)
+def test_fig2_judges_eq_33_and_h14_by_rate_and_loss(shows, eq33, h14, h15, holds):
+    _, results = shows("fig2")
+    numbers = {"best": 0.01, "loss_at by=optimum": 5.0}
+    for by, (rate, loss) in {"by=eq3.3": eq33, "by=H.14": h14, "by=H.15": h15}.items():
+        numbers |= {f"estimate {by}": 0.01 * rate, f"loss_at {by}": 5.0 * loss}
+    content = fig2.show([with_means(r, numbers) for r in results])
+    assert [f.holds for f in content.findings] == [holds] * 4
+    edge = fig2.show([with_means(r, numbers | {"best": r.config["study"]["high"] / 32}) for r in results])
+    assert {f.holds for f in edge.findings} == {None}
+    worse = with_means(results[0], numbers | {"estimate N=4,by=eq3.3": 1.0, "estimate N=4,by=H.14": 1.0})
+    assert fig2.show([worse]).findings[0].holds is False  # every pair
+
+
+def test_fig4b_without_spread_and_with_much(shows):
+    """At 0 all features are one vector psi: 1 / (2 |psi|^2); far out they are linear in x: the exponent is -1."""
+    content, (result,) = shows("fig4b")
+    assert content.findings[0].holds
+    zero = shown.scalar(result, "alpha_zero")[0]
+    study = TangentVariance(variances=[1e-8, 1e5, 1e6], tasks=9, samples=4, init="uniform", width=64, inputs=2)
+    found = {m.name: m.summary["mean"] for m in study.measure(Key(0, "study/tangent_variance"), [])}
+    assert 0 < zero < 1
+    for law in ("normal", "uniform", "exponential"):
+        near, far, farther = (found[f"alpha_lim@law={law},variance={v:.12g}"] for v in study.variances)
+        assert near == pytest.approx(found["alpha_zero"], rel=1e-3)
+        assert far / farther == pytest.approx(10, rel=0.02)
+
+
+def test_fig4b_exponents_are_those_of_a_power(shows):
+    _, (result,) = shows("fig4b")
+    for power, holds in ((-1.0, True), (-0.95, True), (-0.8, False)):
+        curve = {f"alpha_lim variance={v:g}": v**power for v in (0.5, 3, 30)}
+        falls, inverse = fig4b.show([with_means(result, curve)]).findings
+        assert (falls.holds, inverse.holds) == (True, holds)
+        assert f"normal {power:.2f}" in inverse.measured
+
+
+def test_table2_compares_places_and_rises(shows):
+    """The paper's own numbers meet the criteria; a lower error elsewhere, or late, does not."""
+    _, (result,) = shows("table2")
+    paper = table2.published()
+    assert paper.estimate == 0.10319 and dict(zip(paper.alphas, paper.after, strict=True))[0.1] == 797
+    numbers = {"alpha_lim": paper.estimate} | {
+        f"mse_after alpha={a:.12g}": y for a, y in zip(paper.alphas, paper.after, strict=True)
+    }
+    ordered = dict(sorted(numbers.items(), key=lambda n: len(n[0])))  # 0.1 before 0.15
+    nearest, rising, *_ = table2.show([with_means(result, ordered)]).findings
+    assert (nearest.holds, rising.holds) == (True, True) and "1.08, 1.2, 1.24 times" in rising.measured
+    nearest, rising, *_ = table2.show([with_means(result, ordered | {"mse_after alpha=0.4": 700.0})]).findings
+    assert (nearest.holds, rising.holds) == (False, False)
+
+
+def test_table2_stands_beside_the_published_numbers(shows, capsys):
+    """`metalearn table` reads each column's mean from the one result of the study."""
+    _, (result,) = shows("table2")
+    table = load("unravel/table2")
+    means = [shown.scalar(result, f"{column.metric}@{column.group}")[0] for column in table.columns]
+    assert [values(result, column).mean() for column in table.columns] == pytest.approx(means)
+    assert command.main(["unravel/table2", "--from", str(result.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"{1000 * mean:.0f} " in printed for mean in means) and " 797 " in printed
+    assert command.main(["unravel/alpha_lim", "--from", str(result.folder)]) == 0
+    printed = capsys.readouterr().out
+    assert f"{shown.scalar(result, 'alpha_lim')[0]:.4f}" in printed and "0.10319" in printed

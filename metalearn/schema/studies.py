@@ -189,11 +189,103 @@ def _finite(text: str) -> bool:
         return False
 
 
+@dataclass
+class TangentQuadratic(Study):
+    """metalearn.studies.TangentQuadratic."""
+
+    target: ClassVar[str] = "metalearn.studies.TangentQuadratic"
+
+    tasks: list[int] = key([50, 85, 68, 112], "numbers of tasks N", ge=2)
+    samples: list[int] = key([15, 19, 23, 7], "numbers of samples K, one for each of study.tasks", ge=1)
+    init: str = key("uniform", "initialisation of the network", choices=("uniform", "normal"))
+    width: int = key(1024, "hidden units h", ge=1)
+    inputs: int = key(1, "inputs p", ge=1)
+    nu: float = key(0.2, "spread of the tasks, as dataset=quadratic has it", ge=0)
+    sigma: float = key(0.2, "standard deviation of the noise", ge=0)
+    low: float = key(-3.0, "end of the grid of alpha, times h")
+    high: float = key(7.0, "other end")
+    points: int = key(41, "rates of the grid", ge=3)
+    test_tasks: int = key(300, "new tasks", ge=2)
+    queries: int = key(30, "fresh points of each", ge=1)
+    cutoffs: list[float] = key(
+        [1e-6, 1e-12],
+        "least eigenvalues of the kernel kept, as shares of the largest; curves are of the first",
+        gt=0,
+        lt=1,
+    )
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "cutoffs")
+        yield from _paired(study, "tasks", "samples")
+        if study["low"] >= study["high"]:
+            yield f"study.low={show(study['low'])}: must be less than study.high={show(study['high'])}"
+
+
+@dataclass
+class SineLastLayer(Study):
+    """metalearn.studies.SineLastLayer."""
+
+    target: ClassVar[str] = "metalearn.studies.SineLastLayer"
+
+    pretrain_steps: int = key(5000, "meta-steps of joint training of the network", ge=1)
+    pretrain_seed: int = key(0, "seed of that training", ge=0)
+    shot: int = key(10, "points of a task K", ge=1)
+    tasks: int = key(1000, "training tasks of the last layer", ge=2)
+    test_tasks: int = key(2000, "new tasks", ge=2)
+    queries: int = key(256, "points that these are judged on", ge=1)
+    alphas: list[float] = key([0.001, 0.005, 0.01, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5], "the grid", ge=0)
+
+    @classmethod
+    def needs(cls, study: Config) -> Iterator[list[str]]:
+        yield [
+            *("algorithm=erm", "dataset=sinusoid", "dataset.variant=unravel", f"dataset.shot={study['shot']}"),
+            *(f"trainer.max_steps={study['pretrain_steps']}", "trainer.val_every=1000", "trainer.test_episodes=100"),
+            f"seed={study['pretrain_seed']}",
+        ]
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "alphas")
+
+
+@dataclass
+class TangentVariance(Study):
+    """metalearn.studies.TangentVariance."""
+
+    target: ClassVar[str] = "metalearn.studies.TangentVariance"
+
+    variances: list[float] = key(
+        [0.01, 0.03, 0.1, 0.3, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 10.0, 13.0, 16.0, 20.0, 25.0, 30.0],
+        "variances of the data",
+        gt=0,
+    )
+    tasks: int = key(300, "tasks of each", ge=2)
+    samples: int = key(15, "numbers of samples K", ge=1)
+    init: str = key("uniform", "initialisation of the network", choices=("uniform", "normal"))
+    width: int = key(1024, "hidden units", ge=1)
+    inputs: int = key(1, "inputs p", ge=1)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "variances")
+
+
 def _listed(study: Config, *names: str) -> Iterator[str]:
     """Lists that are empty or repeat themselves."""
     for name in names:
         if not study[name] or len(set(study[name])) < len(study[name]):
             yield f"study.{name}={show(study[name])}: must name at least one value, and none twice"
+
+
+def _paired(study: Config, one: str, other: str) -> Iterator[str]:
+    """Lists that are empty or not of one length, or name a pair twice."""
+    pairs = list(zip(study[one], study[other], strict=False))
+    if not pairs or len(study[one]) != len(study[other]) or len(set(pairs)) < len(pairs):
+        yield (
+            f"study.{one}={show(study[one])}, study.{other}={show(study[other])}: must be as many, at least one, and no"
+            " pair twice"
+        )
 
 
 STUDIES: tuple[type[Study], ...] = (
@@ -202,5 +294,8 @@ STUDIES: tuple[type[Study], ...] = (
     EstimationError,
     FastAdaptation,
     PolynomialMoments,
+    SineLastLayer,
+    TangentQuadratic,
+    TangentVariance,
     Trajectory,
 )

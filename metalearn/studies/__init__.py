@@ -6,6 +6,9 @@ from metalearn.studies.corollary1 import Corollary1
 from metalearn.studies.estimation_error import EstimationError
 from metalearn.studies.fast_adaptation import FastAdaptation
 from metalearn.studies.polynomial_moments import PolynomialMoments
+from metalearn.studies.sine_last_layer import SineLastLayer
+from metalearn.studies.tangent_quadratic import TangentQuadratic
+from metalearn.studies.tangent_variance import TangentVariance
 from metalearn.studies.trajectory import Trajectory
 
 __all__ = [
@@ -15,7 +18,10 @@ __all__ = [
     "FastAdaptation",
     "Measured",
     "PolynomialMoments",
+    "SineLastLayer",
     "Study",
+    "TangentQuadratic",
+    "TangentVariance",
     "Trajectory",
     "estimate",
     "exact",

@@ -26,7 +26,7 @@ def of_cell(table: Table, row: Row, column: Column, results: Sequence[Result]) -
     return [
         *_differences(wanted, results),
         *(BN.get(mode, f"bn={mode}") for mode in modes),
-        *dict.fromkeys(_selection(r) for r in results),
+        *dict.fromkeys(text for r in results for text in _selection(r)),
         *(["made from a checkout with uncommitted changes"] if any(r.data["git_dirty"] for r in results) else []),
         *(["its seeds were tested on different episodes"] if len(episode_ids(results)) > 1 else []),
     ]
@@ -53,11 +53,13 @@ def _differences(wanted: Mapping[str, Any], results: Sequence[Result]) -> list[s
     return texts
 
 
-def _selection(result: Result) -> str:
+def _selection(result: Result) -> list[str]:
+    """Which checkpoint was tested; a study has none."""
     chosen = result.data["protocol"]["selection"]
-    if by := chosen.get("by"):
-        return f"the {chosen['checkpoint']} checkpoint was tested, by {by}"
-    return f"the {chosen['checkpoint']} checkpoint was tested"
+    if chosen is None:
+        return []
+    by = chosen.get("by")
+    return [f"the {chosen['checkpoint']} checkpoint was tested" + (f", by {by}" if by else "")]
 
 
 def provenance(results: Sequence[Result]) -> list[str]:
