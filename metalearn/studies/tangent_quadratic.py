@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,7 +97,7 @@ class TangentQuadratic(Study):
             estimates = problem.estimates()
             if i == 0:
                 yield estimate("alpha_lim", *estimates["eq3.3"], tasks)
-            pair = {"N": tasks, "K": samples}
+            pair: dict[str, Any] = {"N": tasks, "K": samples}
             yield from (estimate("estimate", *e, tasks, by=by, **pair) for by, e in estimates.items())
             new = partial(problem.losses, self.test_tasks)
             for j, cutoff in enumerate(self.cutoffs):
@@ -174,7 +174,7 @@ class Problem:
         return Curves(torch.stack(fresh), torch.stack(same))
 
 
-def _curve(curves: Curves, grid: Tensor, pair: dict[str, int]) -> Iterator[Measured]:
+def _curve(curves: Curves, grid: Tensor, pair: dict[str, Any]) -> Iterator[Measured]:
     for query, losses in curves._asdict().items():
         for alpha, values in zip(grid.tolist(), losses, strict=True):
             yield over("loss", values.tolist(), alpha=alpha, query=query, **pair)
@@ -188,5 +188,5 @@ def _best(alphas: Tensor, losses: Tensor) -> Tensor:
 def _around(grid: Tensor, losses: Tensor) -> Tensor:
     """`FINER` rates between the neighbours of the best of a grid."""
     i = int(losses.mean(1).argmin())
-    ends = grid[max(i - 1, 0)], grid[min(i + 1, len(grid) - 1)]
-    return torch.linspace(*map(float, ends), FINER, dtype=grid.dtype)
+    low, high = float(grid[max(i - 1, 0)]), float(grid[min(i + 1, len(grid) - 1)])
+    return torch.linspace(low, high, FINER, dtype=grid.dtype)
