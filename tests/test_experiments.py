@@ -49,6 +49,7 @@ CELLS = {  # of one seed, and seeds
     "unravel/fig11": (1, 1),
     "unravel/fig12": (13, 3),
     "unravel/fig3": (5, 3),
+    "unravel/fig4a": (1, 1),
     "unravel/fig5": (3, 1),
     "unravel/fig6": (1, 1),
     "unravel/fig7": (2, 1),
@@ -56,6 +57,7 @@ CELLS = {  # of one seed, and seeds
     "unravel/fig2": (2, 1),
     "unravel/fig4b": (1, 1),
     "unravel/table2": (1, 1),
+    "unravel/fig9": (5, 1),
 }
 COMPOSED_SLOWLY = {
     *("tsa/table1_group_omniglot", "tsa/table1_group_regression", "tsa/table5", "tsa/fig5"),

@@ -13,10 +13,11 @@ from metalearn.random import Key
 from metalearn.results import Result
 from metalearn.run import run
 from metalearn.schema import BadInput, fields_of
-from metalearn.schema.studies import Trajectory
+from metalearn.schema.studies import RateCurve, Trajectory
 from metalearn.studies import TangentVariance
 from metalearn.studies.bernacchia import lowest
 from metalearn.studies.estimation_error import loglog_slope, rows_limit
+from metalearn.studies.trajectory import Tasks
 from metalearn.tables import command
 from metalearn.tables.compare import values
 from metalearn.tables.definition import load
@@ -29,6 +30,7 @@ SMALL = {
     "fig11": ("study.runs=20", "study.points=21"),
     "fig5": ("study.tasks=20", "study.new_tasks=50", "study.repetitions=10", "study.steps=[0,1,10,1000,30000]"),
     "fig1": PATHS,
+    "fig4a": ("study.tasks=200", "study.variances=[0.1,5,50]"),
     "fig7": PATHS,
     "fig6": ("study.width=7", "study.samples=4"),
     "fig8": (
@@ -44,8 +46,11 @@ SMALL = {
     ),
     "fig4b": ("study.variances=[0.5,3,30]", "study.tasks=40", "study.width=64"),
     "table2": ("study.pretrain_steps=2", "study.tasks=20", "study.test_tasks=9", "study.queries=5"),
+    "fig9": ("study.tasks=400", "study.draws=3", "study.points=9"),
 }
-"""Keys that make an experiment a matter of a second."""
+"""Keys that make a cell of an experiment a matter of a second."""
+SLOW = ("fig9",)
+"""Of many cells."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +72,7 @@ def shows(tmp_path_factory):
     return call
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SMALL])
 def test_an_experiment_is_drawn_with_labels_and_judged(shows, name, tmp_path):
     content, _ = shows(name)
     assert content.findings and all(f.measured and f.claim and f.criterion for f in content.findings)
@@ -112,18 +117,22 @@ def test_fig5_loss_is_higher_before_adaptation_on_the_tasks_of_training_alone(sh
 # ---- Figures 1 and 7 ---------------------------------------------------------------------------------------------
 
 
-def plane(**keys):
+def study_of(schema, **keys):
+    """A study with its defaults but for these keys."""
+    defaults = {k: f.default for k, f in fields_of(schema).items() if k not in ("name", "threads")}
+    return getattr(studies, schema.__name__)(**defaults | keys)
+
+
+def plane():
     """A small study of paths in the plane."""
-    defaults = fields_of(Trajectory)
-    rest = {k: f.default for k, f in defaults.items() if k not in ("name", "threads")}
-    return studies.Trajectory(**rest | {"tasks": 12, "far_tasks": 3, "points": 5, "penalty": 3.0} | keys)
+    return study_of(Trajectory, tasks=12, far_tasks=3, points=5, penalty=3.0)
 
 
 def adapted(tasks, rate, factors, inner):
     """Rows whose least squares are the meta-loss: task by task, after a step of its loss times `inner`."""
     rows, targets = [], []
     for phi, a, factor, own in zip(tasks.features, tasks.optima, factors, inner, strict=True):
-        c = factor**0.5 * phi @ (torch.eye(2).double() - 2 * rate * own / len(phi) * phi.mT @ phi)
+        c = factor**0.5 * phi @ (torch.eye(len(a)).double() - 2 * rate * own / len(phi) * phi.mT @ phi)
         rows.append(c)
         targets.append(c @ a)
     return torch.cat(rows), torch.cat(targets)
@@ -344,3 +353,93 @@ def test_table2_stands_beside_the_published_numbers(shows, capsys):
     assert command.main(["unravel/alpha_lim", "--from", str(result.folder)]) == 0
     printed = capsys.readouterr().out
     assert f"{shown.scalar(result, 'alpha_lim')[0]:.4f}" in printed and "0.10319" in printed
+
+
+# ---- Figure 9 ----------------------------------------------------------------------------------------------------
+
+
+def measured(study, seed=0):
+    return {m.name: m for m in study.measure(Key(seed, "test"), ())}
+
+
+def test_the_rate_curve_is_that_of_least_squares_on_adapted_gaussian_features():
+    """Centres from -5 to 5 for U(-5, 5), as wide as their distance; every draw its own alpha*_lim."""
+    study = study_of(RateCurve, tasks=20, samples=4, width=3, draws=2, points=5)
+    found = measured(study)
+    for draw in range(2):
+        generator = torch.Generator().manual_seed(Key(0, "test").sub(str(draw)).integer())
+        x = -5 + 10 * torch.rand(20, 4, 3, generator=generator, dtype=torch.float64)
+        features = torch.exp(-((x - torch.tensor([-5.0, 0.0, 5.0])) ** 2) / (2 * 5.0**2))
+        optima = 3 * torch.randn(20, 3, generator=generator, dtype=torch.float64)
+        limit = alpha_star.limit(features).value
+        assert found["alpha_lim"].values[draw] == pytest.approx(limit)
+        tasks, ones = Tasks(features, optima, None), [1.0] * 20
+        for at, rate in (("0", 0.0), ("lim", limit)):
+            c, y = adapted(tasks, rate, ones, ones)
+            residual = y - c @ torch.linalg.lstsq(c, y[:, None]).solution[:, 0]
+            assert found[f"loss@at={at}"].values[draw] == pytest.approx(float(residual.square().sum()) / (4 * 20))
+    assert found["excess"].values == pytest.approx(
+        [a / b for a, b in zip(found["loss@at=lim"].values, found["loss@at=best"].values, strict=True)]
+    )
+
+
+def test_where_the_optima_are_and_how_far_apart_leaves_the_curve_as_it_is():
+    """Panels a and c are one: min_w L is equivariant under a -> b + c a."""
+    first, second = (
+        measured(study_of(RateCurve, optima=law, tasks=30, draws=2, points=7))
+        for law in (["normal", "0", "3"], ["normal", "5", "1"])
+    )
+    names = [n for n in first if n.startswith(("relative_loss", "excess", "alpha_lim"))]
+    assert len(names) == 9
+    for name in names:
+        assert first[name].values == pytest.approx(second[name].values, rel=1e-9)
+    assert first["loss@at=0"].values == pytest.approx([9 * v for v in second["loss@at=0"].values])
+
+
+@pytest.mark.slow
+def test_alpha_lim_is_the_best_rate_unless_a_few_optima_are_huge(shows):
+    content, results = shows("fig9")
+    assert [f.holds for f in content.findings[:3]] == [True] * 3 and content.findings[4].holds is False
+    assert len(content.figures["fig9"].axes) == len(results) == 5
+    assert shown.scalar(results[4], "loss@at=0")[0] > 100 * shown.scalar(results[3], "loss@at=0")[0]
+
+
+# ---- Figure 4(a) -------------------------------------------------------------------------------------------------
+
+
+def test_alpha_lim_over_the_variance_goes_where_the_centres_say(shows):
+    """Up around 0, down beside it, nowhere if they follow the data; c / variance for raw data alone (C-9)."""
+    content, (result,) = shows("fig4a")
+    assert [f.holds for f in content.findings] == [False, True, False, False, True, False, False]
+    for law in ("N", "U", "Exp"):
+        scaled = shown.line(result, "alpha_lim", "variance", basis="scaled", law=law)
+        assert scaled.mean == pytest.approx([scaled.mean[0]] * 3, rel=1e-9)
+
+
+def test_numbers_of_figure_4a_agree_with_exact_moments(shows):
+    """alpha*_lim of raw normal data, K = 15 and d = 10, and E phi^2 of Gaussian features of normal data."""
+    _, (result,) = shows("fig4a")
+    raw = shown.line(result, "alpha_lim", "variance", basis="raw", law="N")
+    exact = alpha_star.gaussian_limit(15, 10) / raw.x
+    assert all(abs(raw.mean - exact) < 1.5 * raw.ci95) and all(raw.ci95 < 0.1 * raw.mean)
+    moment = shown.line(result, "second_moment", "variance", basis="centred", law="N")
+    centres, widths = designs.even_centres(10, -5, 5)
+    for variance, value in zip(moment.x, moment.mean, strict=True):
+        exact = [
+            designs.gaussian_basis_moment(2, c, w, 0, variance**0.5)
+            for c, w in zip(centres.tolist(), widths.tolist(), strict=True)
+        ]
+        assert value == pytest.approx(sum(exact) / 10, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("study.variances=[5]", "study.variances=.*: must name at least two values"),
+        ("study.centred=[-5,5,0]", "study.centred=.*: the width, the last value, must be > 0"),
+        ("study.shifted=[5,10]", "study.shifted=.*: must have 3 values"),
+    ],
+)
+def test_what_is_no_basis_is_refused(words, message):
+    with pytest.raises(BadInput, match=message):
+        expand(["study=data_variance", words, "logger=none"])

@@ -173,6 +173,53 @@ class PolynomialMoments(Study):
         yield from _laws(study, "inputs")
 
 
+@dataclass
+class RateCurve(Study):
+    """metalearn.studies.RateCurve."""
+
+    target: ClassVar[str] = "metalearn.studies.RateCurve"
+
+    inputs: list[str] = key(["uniform", "-5", "5"], "law of the data, and its numbers")
+    optima: list[str] = key(["normal", "0", "3"], "law of each coordinate of the optima, and its numbers")
+    tasks: int = key(3000, "tasks N", ge=2)
+    samples: int = key(15, "samples K of each task", ge=1)
+    width: int = key(10, "Gaussian features d", ge=2)
+    reach: float = key(math.sqrt(3), "distance of the outermost centres from the mean of the data, in deviations", gt=0)
+    scalar: bool = key(False, "one number for each sample in all features, in the place of one for each feature")
+    span: float = key(2.5, "the largest rate, as a multiple of alpha*_lim", gt=1)
+    points: int = key(51, "rates from 0 to the largest", ge=5)
+    draws: int = key(10, "draws of all tasks", ge=2)
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _laws(study, "inputs", "optima")
+
+
+@dataclass
+class DataVariance(Study):
+    """metalearn.studies.DataVariance."""
+
+    target: ClassVar[str] = "metalearn.studies.DataVariance"
+
+    variances: list[float] = key([0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 40, 50], "variances of the data", gt=0)
+    tasks: int = key(1000, "tasks", ge=2)
+    samples: int = key(15, "samples K of each task", ge=1)
+    width: int = key(10, "features d", ge=2)
+    centred: list[float] = key([-5, 5, 10 / 9], "lowest and highest centre around 0, and the width", length=3)
+    shifted: list[float] = key([5, 10, 5], "lowest and highest centre beside 0, and the width", length=3)
+    reach: float = key(math.sqrt(3), "where the basis follows the data: its outermost centres, in deviations", gt=0)
+    scalar: bool = key(False, "one number for each sample in all features, in the place of one for each feature")
+
+    @classmethod
+    def problems(cls, study: Config) -> Iterator[str]:
+        yield from _listed(study, "variances")
+        if len(study["variances"]) < 2:
+            yield f"study.variances={show(study['variances'])}: must name at least two values"
+        for name in ("centred", "shifted"):
+            if study[name][2] <= 0:
+                yield f"study.{name}={show(study[name])}: the width, the last value, must be > 0"
+
+
 def _laws(study: Config, *names: str) -> Iterator[str]:
     """Texts that are no law with its numbers."""
     for name in names:
@@ -291,9 +338,11 @@ def _paired(study: Config, one: str, other: str) -> Iterator[str]:
 STUDIES: tuple[type[Study], ...] = (
     Bernacchia,
     Corollary1,
+    DataVariance,
     EstimationError,
     FastAdaptation,
     PolynomialMoments,
+    RateCurve,
     SineLastLayer,
     TangentQuadratic,
     TangentVariance,
