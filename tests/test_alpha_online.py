@@ -261,12 +261,11 @@ def test_a_rate_of_test_leaves_the_learner_as_it_was():
     ("line", "message"),
     [
         ("algorithm=maml algorithm.alpha=online", "algorithm.alpha=online: needs algorithm.adapted=head"),
-        ("algorithm=tnet algorithm.alpha=online", "algorithm.alpha=online: must be a number with algorithm=tnet"),
+        ("algorithm=tnet algorithm.alpha=online", "algorithm.alpha=online: must be a number or auto with algorithm=tnet"),
         (
             "algorithm=meta_sgd algorithm.alpha=online",
-            "algorithm.alpha=online: must be a number with algorithm=meta_sgd",
+            "algorithm.alpha=online: must be a number or auto with algorithm=meta_sgd",
         ),
-        ("algorithm=anil algorithm.alpha=auto", "algorithm.alpha=auto: must be a number or online with algorithm=anil"),
         ("algorithm=anil algorithm.alpha_cov=diag", "algorithm.alpha_cov=diag: needs algorithm.alpha=online"),
         ("algorithm=anil algorithm.alpha_momentum=0.5", "algorithm.alpha_momentum=0.5: needs algorithm.alpha=online"),
         ("algorithm=anil algorithm.alpha=online algorithm.alpha_momentum=1", "algorithm.alpha_momentum=1: must be"),

@@ -196,8 +196,9 @@ def vector(learner: MetaLearner, episodes: Episode) -> Tensor:
 def beyond(learner, episodes: Episode, losses, phi, which: str) -> list[float]:
     """How far the learner's gradient is from its expansion at two alphas, the second half the first."""
     residuals = []
-    for learner.alpha in (1e-4, 5e-5):
-        expanded = getattr(taylor.expansion(losses, phi, learner.alpha), which).mean(0)
+    for alpha in (1e-4, 5e-5):
+        learner.use_rate(alpha)
+        expanded = getattr(taylor.expansion(losses, phi, alpha), which).mean(0)
         residuals.append(float((vector(learner, episodes) - expanded).norm()))
     return residuals
 

@@ -139,7 +139,7 @@ class Trajectory(Study):
 
     target: ClassVar[str] = "metalearn.studies.Trajectory"
 
-    tasks: int = key(500, "tasks", ge=2)
+    tasks: int = key(500, "number of tasks", ge=2)
     samples: int = key(10, "samples K of each task", ge=2)
     inputs: list[str] = key(["uniform", "-5", "5"], "law of each of the two features, and its numbers")
     optima: list[str] = key(["uniform", "-5", "5"], "law of each coordinate of the optima, and its numbers")
@@ -202,7 +202,7 @@ class DataVariance(Study):
     target: ClassVar[str] = "metalearn.studies.DataVariance"
 
     variances: list[float] = key([0.1, 0.5, 1, 2, 5, 10, 15, 20, 30, 40, 50], "variances of the data", gt=0)
-    tasks: int = key(1000, "tasks", ge=2)
+    tasks: int = key(1000, "number of tasks", ge=2)
     samples: int = key(15, "samples K of each task", ge=1)
     width: int = key(10, "features d", ge=2)
     centred: list[float] = key([-5, 5, 10 / 9], "lowest and highest centre around 0, and the width", length=3)
