@@ -261,7 +261,10 @@ def test_a_rate_of_test_leaves_the_learner_as_it_was():
     ("line", "message"),
     [
         ("algorithm=maml algorithm.alpha=online", "algorithm.alpha=online: needs algorithm.adapted=head"),
-        ("algorithm=tnet algorithm.alpha=online", "algorithm.alpha=online: must be a number or auto with algorithm=tnet"),
+        (
+            "algorithm=tnet algorithm.alpha=online",
+            "algorithm.alpha=online: must be a number or auto with algorithm=tnet",
+        ),
         (
             "algorithm=meta_sgd algorithm.alpha=online",
             "algorithm.alpha=online: must be a number or auto with algorithm=meta_sgd",

@@ -110,7 +110,11 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
 
     small = ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]")
     plain = reports.load("unravel").cells_of
-    monkeypatch.setattr(reports.load("unravel"), "cells_of", lambda words: plain([*words, *(small if "corollary1" in words[0] else ())]))
+
+    def cells_of(words):
+        return plain([*words, *(small if "corollary1" in words[0] else ())])
+
+    monkeypatch.setattr(reports.load("unravel"), "cells_of", cells_of)
     call = ("unravel", "--only", "corollary1", "--results", str(tmp_path / "results"), "--threads", "1")
     data, text, _ = report(*call)
     found = [row for row in rows(text) if len(row) == 5][1:]
