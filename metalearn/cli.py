@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 import traceback
@@ -172,7 +173,12 @@ def _only_experiments_sweep(overrides: list[str]) -> None:
 
 def _hydra(arguments: list[str]) -> int:
     sys.argv[1:] = arguments
-    hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+    try:
+        hydra.main(version_base="1.3", config_path=conf_dir(), config_name="config")(_task)()
+    finally:
+        for handler in [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]:
+            logging.getLogger().removeHandler(handler)  # Hydra leaves its log open, and a process may call it often
+            handler.close()
     return DONE
 
 

@@ -1,6 +1,7 @@
 """Studies: cells that compute instead of training, with the same files, names, sweeps and refusals."""
 
 import json
+import logging
 
 import numpy as np
 import pandas as pd
@@ -227,6 +228,12 @@ def test_one_command_runs_draws_and_judges(monkeypatch, place, capsys):
     assert metalearn(monkeypatch, place, "experiment=own/study", "study.base=one") == 0
     assert "own/study: undecided: rates differ" in capsys.readouterr().out
     assert preset("own/study", "shows", [str(place / "conf")]) == SHOWS
+
+
+def test_a_command_leaves_no_log_open(monkeypatch, place):
+    """`metalearn report unravel` runs many in one process."""
+    metalearn(monkeypatch, place, "study=exponentials")
+    assert not [h for h in logging.getLogger().handlers if isinstance(h, logging.FileHandler)]
 
 
 def test_figures_are_drawn_again_from_the_files(monkeypatch, place, capsys):
