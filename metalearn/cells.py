@@ -195,7 +195,11 @@ def _values(override: Override) -> tuple[str, ...]:
 
 
 def _experiments(axes: list[Axis]) -> Iterable[str]:
-    return next(a.values for a in axes if a.name == "experiment")
+    """The experiments of a command line; an id without its panel's letter (unravel/fig4) means all its panels."""
+    known = members("experiment", _search_path)
+    for name in next(a.values for a in axes if a.name == "experiment"):
+        panels = [m for m in known if m[:-1] == name and m[-1].isalpha()]
+        yield from panels if panels and name not in known else [name]
 
 
 def preset(experiment: str, key: str, config_dirs: Sequence[str] = ()) -> Any:

@@ -87,6 +87,15 @@ class _Found:
         return next(named, None) or next((r for r in self.read[folder] if equal(r.config, cell.config)), None)
 
 
+def experiments_of(entries: Sequence[Entry]) -> dict[str, list[Entry]]:
+    """The entries of each experiment that they are cells of, by its name."""
+    out: dict[str, list[Entry]] = {}
+    for e in entries:
+        for override in (o for o in e.overrides if o.startswith("experiment=")):
+            out.setdefault(override.partition("=")[2], []).append(e)
+    return out
+
+
 def _with_names(entries: list[Entry]) -> list[Entry]:
     shared = set.intersection(*(set(e.overrides) for e in entries)) if len(entries) > 1 else set()
     keys = ("seed", *dimensions(entries)) if len(entries) > 1 else None  # others only follow these

@@ -146,6 +146,17 @@ def test_a_size_takes_the_place_of_the_grids_values(cells):
     assert draws(experiment, "size=paper", "study.draws=9", "study.base=one") == [("one", 9, 0)]
 
 
+def test_an_id_without_its_panel_means_all_panels(cells, place):
+    for panel in "ab":
+        (place / "conf" / "experiment" / "own" / f"fig9{panel}.yaml").write_text(EXPERIMENT)
+    both = cells("experiment=own/fig9", "study.base=one")
+    assert len(both) == 1  # one cell, which both panels share
+    (place / "conf" / "experiment" / "own" / "fig9b.yaml").write_text(EXPERIMENT.replace("seed: [0]", "seed: [1]"))
+    both = cells("experiment=own/fig9", "study.base=one")
+    assert [c.overrides[0] for c in both] == ["experiment=own/fig9a", "experiment=own/fig9b"]
+    assert "no such experiment" in refused(cells, "experiment=own/fig")
+
+
 def test_a_size_of_training_runs(cells):
     found = cells("experiment=own/trained", "size=long", to_run=False)
     assert [(c.config["algorithm"]["name"], c.config["trainer"]["max_steps"]) for c in found] == [

@@ -19,7 +19,7 @@ from metalearn.ledger import write_atomically
 from metalearn.options import Parser, config_dirs
 from metalearn.paths import conf_dir
 from metalearn.schema import BadInput
-from metalearn.selection import Entry, select
+from metalearn.selection import Entry, experiments_of, select
 
 DESCRIPTION = """One HTML file about an experiment or a sweep, with nothing outside it: how far cells are, tables beside
 published numbers, figures over each swept key, adaptation and validation curves, protocol, environment, failures.
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str]) -> int:
         raise BadInput("report: name an experiment or keys, or a folder of results (--from)")
     folders = config_dirs(o)
     entries = unique(select(o.overrides, folders, o.place))
-    names = [str(v) for v in chosen(o.overrides).get("experiment", [])]
+    names = list(experiments_of(entries)) or [str(v) for v in chosen(o.overrides).get("experiment", [])]
     path = Path(o.output) if o.output else FOLDER / f"{file_name(','.join(names) or o.place or 'sweep')}.html"
     if path.suffix != ".html":
         raise BadInput(f"report: --output {path}: must end in .html")

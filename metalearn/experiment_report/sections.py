@@ -17,7 +17,7 @@ from metalearn.figures.series import Request
 from metalearn.results import Result
 from metalearn.schema import BadInput, is_study
 from metalearn.schema.keys import show
-from metalearn.selection import Entry, dimensions, settings_of
+from metalearn.selection import Entry, dimensions, experiments_of, settings_of
 from metalearn.statistics import over_seeds
 from metalearn.sweep.standing import FINISHED, STATES, duration
 
@@ -141,16 +141,20 @@ def _estimate(done: Sequence[Result], name: str) -> str:
 
 
 def claims(entries: Sequence[Entry], experiments: Sequence[str], folders: Sequence[str]) -> list[Piece]:
-    """What the one experiment shows by itself, if its file says so: claims with their verdicts, and figures."""
-    found = finished(entries)
-    module = shown.module_of(experiments[0], folders) if len(experiments) == 1 else None
-    if module is None or not found:
-        return []
-    content = shown.show(experiments[0], module, found)
-    rows = [[f.claim, f.criterion, f.measured, shown.VERDICTS[f.holds]] for f in content.findings]
-    pieces: list[Piece] = [table(["claim", "criterion", "measured", "verdict"], rows, class_="words")]
-    pieces += [tag("p", note) for note in content.notes]
-    return [*pieces, *(picture(draw.encoded(f, "png", DPI), name) for name, f in content.figures.items())]
+    """What experiments show by themselves, if their files say so: claims with their verdicts, and figures."""
+    pieces: list[Piece] = []
+    own = experiments_of(entries) or {name: list(entries) for name in experiments[:1]}
+    for name, cells in own.items():
+        found = finished(cells)
+        module = shown.module_of(name, folders)
+        if module is None or not found:
+            continue
+        content = shown.show(name, module, found)
+        rows = [[f.claim, f.criterion, f.measured, shown.VERDICTS[f.holds]] for f in content.findings]
+        pieces.append(table(["claim", "criterion", "measured", "verdict"], rows, class_="words"))
+        pieces += [tag("p", note) for note in content.notes]
+        pieces += [picture(draw.encoded(f, "png", DPI), title) for title, f in content.figures.items()]
+    return pieces
 
 
 # ---- pictures ------------------------------------------------------------------------------------------------------

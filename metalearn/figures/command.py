@@ -15,7 +15,7 @@ from metalearn.figures.series import Mark, Plot, Request
 from metalearn.ledger import write_atomically
 from metalearn.options import Parser, config_dirs
 from metalearn.schema import BadInput
-from metalearn.selection import Entry, select
+from metalearn.selection import Entry, experiments_of, select
 
 DESCRIPTION = """A metric against a swept key: one line for each value of --hue, means over seeds with a 95 % interval
 (over seeds by Student's t; over tasks where there is one seed), single seeds as faint points, diverged runs as crosses
@@ -93,19 +93,24 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _own(o: argparse.Namespace, entries: Sequence[Entry]) -> str | None:
-    """What the one experiment that is asked for shows by itself, drawn; None if it does not, or more is asked for."""
-    experiments = [v.partition("=")[2] for v in o.overrides if v.startswith("experiment=")]
-    if len(experiments) != 1 or o.x or o.hue or o.panel or o.metric or o.bn or o.mark or o.log:
+    """What the experiments that are asked for show by themselves, drawn; None if one does not, or more is asked for."""
+    own = experiments_of(entries)
+    if not own or o.x or o.hue or o.panel or o.metric or o.bn or o.mark or o.log:
         return None
-    if (module := shown.module_of(experiments[0], config_dirs(o))) is None:
+    modules = {name: shown.module_of(name, config_dirs(o)) for name in own}
+    if not all(modules.values()):
         return None
-    results = [e.result for e in entries if e.result is not None]
-    content = shown.show(experiments[0], module, results)
-    folder = FOLDER / Path(experiments[0]).parent if o.output is None else o.output.parent
-    if o.output is not None:
-        named = [o.output.stem, *(f"{o.output.stem}-{name}" for name in list(content.figures)[1:])]
-        content = content._replace(figures=dict(zip(named, content.figures.values(), strict=True)))
-    return shown.text(experiments[0], content, shown.write(content, folder), len(entries) - len(results))
+    said = []
+    for name, cells in own.items():
+        results = [e.result for e in cells if e.result is not None]
+        content = shown.show(name, str(modules[name]), results)
+        folder = FOLDER / Path(name).parent if o.output is None else o.output.parent
+        if o.output is not None:
+            stem = o.output.stem if len(own) == 1 else f"{o.output.stem}-{Path(name).name}"
+            named = [stem, *(f"{stem}-{other}" for other in list(content.figures)[1:])]
+            content = content._replace(figures=dict(zip(named, content.figures.values(), strict=True)))
+        said.append(shown.text(name, content, shown.write(content, folder), len(cells) - len(results)))
+    return "\n".join(said)
 
 
 def _title(entries: Sequence[Entry], experiments: str) -> str | None:
