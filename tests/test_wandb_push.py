@@ -123,7 +123,7 @@ def test_offline_runs_say_what_the_files_say(tmp_path, capsys):
     assert f"4 of 4 runs written; upload: wandb sync {tmp_path / 'w' / 'wandb'}" in capsys.readouterr().out
     found = {}
     for path in tmp_path.glob("w/wandb/offline-run-*/*.wandb"):
-        run = wandb_file.read(path)
+        run = wandb_file.read_ended(path)
         found[run.run.run_id] = run
     assert set(found) == set(ids.values())
     for state, cell_id in ids.items():

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,6 +60,14 @@ def read(path: Path) -> Mirrored:
             code = record.exit.exit_code
     config.pop("_wandb", None)
     return Mirrored(run, history, config, summary, code)
+
+
+def read_ended(path: Path, seconds: float = 20.0) -> Mirrored:
+    """`read`, once the run's end is in the file: W&B's process may write later than we hear, on a busy machine."""
+    until = time.monotonic() + seconds
+    while (found := read(path)).exit_code is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
 
 
 def _values(items) -> dict:
