@@ -347,6 +347,7 @@ LONG = ("trainer.max_steps=1500", "trainer.val_every=500", "trainer.compile=neve
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # submitit drops its processes
 def test_the_local_executor_preempts_requeues_and_packs_as_slurm_does(tmp_path):
     """submitit's local executor has the code path of SLURM: the same pickles, signal handlers and successors."""
     import submitit
