@@ -7,9 +7,10 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metalearn.datasets.base import Dataset, Draw, Split
+from metalearn.datasets.base import Draw, Split
+from metalearn.datasets.formula import Formula
 from metalearn.datasets.grouped import draw_groups
-from metalearn.episode import Episode, Examples
+from metalearn.episode import Episode
 from metalearn.random import Key
 
 Family = Literal["sine", "line", "quadratic", "cubic"]
@@ -36,7 +37,7 @@ LOW, HIGH = -5.0, 5.0
 """Range of x."""
 
 
-class GroupRegression(Dataset):
+class GroupRegression(Formula):
     """Curves of known families from K points; inputs and targets `[n, 1]`, unscaled, x uniform in [-5, 5].
 
     A training task's family is drawn uniformly; validation and test episode i is of family i modulo their number.
@@ -51,10 +52,6 @@ class GroupRegression(Dataset):
         seed: of nothing here.
     """
 
-    kind = "regression"
-    label_space = "shared"
-    input_shape = (1,)
-
     def __init__(
         self,
         *,
@@ -66,42 +63,21 @@ class GroupRegression(Dataset):
         test_queries: int | None = None,
         seed: int = 0,
     ):
+        super().__init__(shot=shot, queries=queries, test_shot=test_shot, test_queries=test_queries)
         self.groups, self.noise_std, self.seed = tuple(families), noise_std, seed
         self._ranges = torch.tensor([LAWS[name] for name in self.groups])  # [families, parameters, 2]
-        test = (test_shot or shot, test_queries or queries)
-        self._sizes = {"train": (shot, queries), "val": test, "test": test}
-        self.device = torch.device("cpu")
-
-    def outputs(self, split: Split) -> int:
-        return 1
-
-    def data_hash(self) -> str:
-        return "formula"
-
-    def to(self, device: torch.device | str) -> "GroupRegression":
-        self.device = torch.device(device)
-        return self
 
     def draw(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Draw:
-        shot, queries = self._sizes[split]
         group = draw_groups(split, key, step, task, [1.0] * len(self.groups))
         low, high = self._ranges[group].unbind(-1)
         u = key.sub("curve").uniform(len(Law._fields), step, task)
-        x = key.sub("x").uniform(shot + queries, step, task, low=LOW, high=HIGH)
+        x = key.sub("x").uniform(self.points(split), step, task, low=LOW, high=HIGH)
         draw = {"group": group, "curve": low + u * (high - low), "x": x}
-        if self.noise_std:
-            draw["noise"] = key.sub("noise").normal(shot + queries, step, task) * self.noise_std
-            if split != "train":
-                draw["noise"][..., shot:] = 0
-        return draw
+        return draw | self.noise(split, key, step, task, self.noise_std)
 
     def fetch(self, split: Split, draw: Draw) -> Episode:
-        shot = self._sizes[split][0]
         x, curve = draw["x"].to(self.device), draw["curve"].to(self.device)
         amplitude, frequency, constant, linear, quadratic, cubic = curve.unsqueeze(-1).unbind(1)
         y = amplitude * torch.sin(frequency * x) + constant + x * (linear + x * (quadratic + x * cubic))
-        if "noise" in draw:
-            y = y + draw["noise"].to(self.device)
-        x, y = x.unsqueeze(-1), y.unsqueeze(-1)
         latent = {"group": draw["group"].to(self.device), **dict(zip(Law._fields, curve.unbind(1), strict=True))}
-        return Episode(Examples(x[:, :shot], y[:, :shot]), Examples(x[:, shot:], y[:, shot:]), latent)
+        return self.episode(split, x.unsqueeze(-1), y, draw, latent)

@@ -5,15 +5,16 @@ import math
 import torch
 from torch import Tensor
 
-from metalearn.datasets.base import Dataset, Draw, Split
-from metalearn.episode import Episode, Examples
+from metalearn.datasets.base import Draw, Split
+from metalearn.datasets.formula import Formula
+from metalearn.episode import Episode
 from metalearn.random import Key
 
 FREQUENCY = (5.0, 7.0)
 CENTRE = (-4.0, 4.0)
 
 
-class Harmonic(Dataset):
+class Harmonic(Formula):
     """Curves y = a1 sin(w x + b1) + a2 sin(2 w x + b2) from K noisy points; inputs and targets `[n, 1]`, unscaled.
 
     For each task w ~ U(5, 7), b1, b2 ~ U(0, 2 pi), a1, a2 ~ N(0, 1), and its inputs lie around a centre of its own:
@@ -32,10 +33,6 @@ class Harmonic(Dataset):
         seed: of the fixed training tasks.
     """
 
-    kind = "regression"
-    label_space = "shared"
-    input_shape = (1,)
-
     def __init__(
         self,
         *,
@@ -47,20 +44,8 @@ class Harmonic(Dataset):
         noise_std: float = 0.1,
         seed: int = 0,
     ):
+        super().__init__(shot=shot, queries=queries, test_shot=test_shot, test_queries=test_queries)
         self.tasks, self.noise_std, self.seed = tasks, noise_std, seed
-        test = (test_shot or shot, test_queries or queries)
-        self._sizes = {"train": (shot, queries), "val": test, "test": test}
-        self.device = torch.device("cpu")
-
-    def outputs(self, split: Split) -> int:
-        return 1
-
-    def data_hash(self) -> str:
-        return "formula"
-
-    def to(self, device: torch.device | str) -> "Harmonic":
-        self.device = torch.device(device)
-        return self
 
     def _curves(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Tensor:
         """`[..., 6]`: a1, a2, w, b1, b2 and mu of each task."""
@@ -74,23 +59,13 @@ class Harmonic(Dataset):
         return torch.cat([key.sub("amplitudes").normal(2, *index), uniform], -1)
 
     def draw(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Draw:
-        shot, queries = self._sizes[split]
         curve = self._curves(split, key, step, task)
-        draw = {"curve": curve, "x": curve[..., 5:] + key.sub("x").normal(shot + queries, step, task)}
-        if self.noise_std:
-            noise = key.sub("noise").normal(shot + queries, step, task) * self.noise_std
-            if split != "train":
-                noise[..., shot:] = 0
-            draw["noise"] = noise
-        return draw
+        draw = {"curve": curve, "x": curve[..., 5:] + key.sub("x").normal(self.points(split), step, task)}
+        return draw | self.noise(split, key, step, task, self.noise_std)
 
     def fetch(self, split: Split, draw: Draw) -> Episode:
-        shot = self._sizes[split][0]
         x, curve = draw["x"].to(self.device), draw["curve"].to(self.device)
         a1, a2, w, b1, b2, _ = (c.unsqueeze(-1) for c in curve.unbind(-1))
         y = a1 * torch.sin(w * x + b1) + a2 * torch.sin(2 * w * x + b2)
-        if "noise" in draw:
-            y = y + draw["noise"].to(self.device)
-        x, y = x.unsqueeze(-1), y.unsqueeze(-1)
         latent = {"amplitudes": curve[:, :2], "frequency": curve[:, 2], "phases": curve[:, 3:5], "centre": curve[:, 5]}
-        return Episode(Examples(x[:, :shot], y[:, :shot]), Examples(x[:, shot:], y[:, shot:]), latent)
+        return self.episode(split, x.unsqueeze(-1), y, draw, latent)

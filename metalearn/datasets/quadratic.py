@@ -1,14 +1,14 @@
 """Quadratic regression (Zou, Liu & Li, ICLR 2022, Figures 2, 10(a) and 12; after Bernacchia, ICLR 2021)."""
 
-import torch
 from torch import Tensor
 
-from metalearn.datasets.base import Dataset, Draw, Split
-from metalearn.episode import Episode, Examples
+from metalearn.datasets.base import Draw, Split
+from metalearn.datasets.formula import Formula
+from metalearn.episode import Episode
 from metalearn.random import Key
 
 
-class Quadratic(Dataset):
+class Quadratic(Formula):
     """Targets y ~ N((x . w + b)^2, sigma^2) of K points x ~ N(0, I_p); inputs `[n, p]`, targets `[n, 1]`, unscaled.
 
     For each task w ~ N(w0, nu^2 / p I_p) and b ~ N(0, 1). The papers leave the constants of this law open: the defaults
@@ -26,9 +26,6 @@ class Quadratic(Dataset):
         seed: of nothing here.
     """
 
-    kind = "regression"
-    label_space = "shared"
-
     def __init__(
         self,
         *,
@@ -42,24 +39,12 @@ class Quadratic(Dataset):
         test_queries: int | None = 100,
         seed: int = 0,
     ):
+        super().__init__(shot=shot, queries=queries, test_shot=test_shot, test_queries=test_queries)
         self.p, self.sigma, self.nu, self.w0, self.seed = p, sigma, nu, w0, seed
         self.input_shape = (p,)
-        test = (test_shot or shot, test_queries or queries)
-        self._sizes = {"train": (shot, queries), "val": test, "test": test}
-        self.device = torch.device("cpu")
-
-    def outputs(self, split: Split) -> int:
-        return 1
-
-    def data_hash(self) -> str:
-        return "formula"
-
-    def to(self, device: torch.device | str) -> "Quadratic":
-        self.device = torch.device(device)
-        return self
 
     def draw(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Draw:
-        points = sum(self._sizes[split])
+        points = self.points(split)
         draw = {
             "w": self.w0 + self.nu / self.p**0.5 * key.sub("w").normal(self.p, step, task),
             "b": key.sub("b").normal(1, step, task),
@@ -68,11 +53,6 @@ class Quadratic(Dataset):
         return draw | ({"noise": self.sigma * key.sub("noise").normal(points, step, task)} if self.sigma else {})
 
     def fetch(self, split: Split, draw: Draw) -> Episode:
-        shot = self._sizes[split][0]
         w, b, x = (draw[name].to(self.device) for name in ("w", "b", "x"))
         y = ((x * w.unsqueeze(-2)).sum(-1) + b).square()
-        if "noise" in draw:
-            y = y + draw["noise"].to(self.device)
-        y = y.unsqueeze(-1)
-        support, query = Examples(x[:, :shot], y[:, :shot]), Examples(x[:, shot:], y[:, shot:])
-        return Episode(support, query, {"w": w, "b": b[:, 0]})
+        return self.episode(split, x, y, draw, {"w": w, "b": b[:, 0]})

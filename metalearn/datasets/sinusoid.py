@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from metalearn.datasets.base import Dataset, Draw, Split
-from metalearn.episode import Episode, Examples
+from metalearn.datasets.base import Draw, Split
+from metalearn.datasets.formula import Formula
+from metalearn.episode import Episode
 from metalearn.random import Key
 
 Variant = Literal["finn", "reptile", "unravel", "trlearner_offset", "trlearner_phase"]
@@ -38,7 +39,7 @@ LAWS: dict[str, Law] = {
 }
 
 
-class Sinusoid(Dataset):
+class Sinusoid(Formula):
     """Curves y = A sin(w x + b) from K noisy or clean points; inputs and targets `[n, 1]`, unscaled.
 
     Noise (standard deviation 0.3, TRLearner variants only) is on all training targets and on every support set; query
@@ -52,10 +53,6 @@ class Sinusoid(Dataset):
         seed: of the fixed training tasks.
     """
 
-    kind = "regression"
-    label_space = "shared"
-    input_shape = (1,)
-
     def __init__(
         self,
         *,
@@ -66,20 +63,8 @@ class Sinusoid(Dataset):
         test_queries: int | None = 100,
         seed: int = 0,
     ):
+        super().__init__(shot=shot, queries=queries, test_shot=test_shot, test_queries=test_queries)
         self.law, self.seed = LAWS[variant], seed
-        test = (test_shot or shot, test_queries or queries)
-        self._sizes = {"train": (shot, queries), "val": test, "test": test}
-        self.device = torch.device("cpu")
-
-    def outputs(self, split: Split) -> int:
-        return 1
-
-    def data_hash(self) -> str:
-        return "formula"
-
-    def to(self, device: torch.device | str) -> "Sinusoid":
-        self.device = torch.device(device)
-        return self
 
     def _curves(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Tensor:
         """`[..., 3]`: amplitude, angular frequency and b of each task."""
@@ -93,21 +78,14 @@ class Sinusoid(Dataset):
         return low + u * (high - low)
 
     def draw(self, split: Split, key: Key, step: Tensor, task: Tensor) -> Draw:
-        shot, queries = self._sizes[split]
         low, high = self.law.x
         draw = {
             "curve": self._curves(split, key, step, task),
-            "x": key.sub("x").uniform(shot + queries, step, task, low=low, high=high),
+            "x": key.sub("x").uniform(self.points(split), step, task, low=low, high=high),
         }
-        if self.law.noise:
-            noise = key.sub("noise").normal(shot + queries, step, task) * self.law.noise
-            if split != "train":
-                noise[..., shot:] = 0
-            draw["noise"] = noise
-        return draw
+        return draw | self.noise(split, key, step, task, self.law.noise)
 
     def fetch(self, split: Split, draw: Draw) -> Episode:
-        shot = self._sizes[split][0]
         x, curve = draw["x"].to(self.device), draw["curve"].to(self.device)
         amplitude, frequency, b = (c.unsqueeze(-1) for c in curve.unbind(-1))
         angle = frequency * x
@@ -115,8 +93,5 @@ class Sinusoid(Dataset):
             y = amplitude * torch.sin(angle) + b
         else:
             y = amplitude * torch.sin(angle + b if self.law.role == "plus" else angle - b)
-        if "noise" in draw:
-            y = y + draw["noise"].to(self.device)
-        x, y = x.unsqueeze(-1), y.unsqueeze(-1)
-        support, query = Examples(x[:, :shot], y[:, :shot]), Examples(x[:, shot:], y[:, shot:])
-        return Episode(support, query, {"amplitude": curve[:, 0], "frequency": curve[:, 1], "b": curve[:, 2]})
+        latent = {"amplitude": curve[:, 0], "frequency": curve[:, 1], "b": curve[:, 2]}
+        return self.episode(split, x.unsqueeze(-1), y, draw, latent)

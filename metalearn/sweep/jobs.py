@@ -48,7 +48,7 @@ def note(
         job: see `Submission`.
         executor: see `Submission`.
         log: see `Submission`.
-        submitted: a time before the job can have begun; None for now.
+        submitted: a time before the job can have begun; None means the present one.
     """
     for cell_id in cell_ids:
         write_json(_path(output_dir, cell_id), Submission(job, executor, submitted or now(), log)._asdict())
