@@ -51,8 +51,9 @@ class Finding(NamedTuple):
 
 
 class Shown(NamedTuple):
-    """Figures by file name without its ending, findings, and remarks for the reader."""
+    """What it shows in a few words, figures by file name without its ending, findings, and remarks for the reader."""
 
+    title: str
     figures: dict[str, Figure]
     findings: list[Finding]
     notes: tuple[str, ...] = ()

@@ -57,4 +57,4 @@ def show(results: Sequence[Result]) -> Shown:
         found = line(r, "mean", "alpha", law="exp")
         axis.errorbar(found.x, found.mean, found.ci95, label=value(r.config, "study.base"))
     finding = Finding("rates differ", "two of them", f"{len(results)} cells", len(results) > 1 or None)
-    return Shown({"exponentials": figure}, [finding], ("an example",))
+    return Shown("Means of exponentials", {"exponentials": figure}, [finding], ("an example",))

@@ -120,11 +120,16 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     found = [row for row in rows(text) if len(row) == 5][1:]
     assert [r[0] for r in found] == ["corollary1"] * 3 and [r[4] for r in found] == ["holds", "holds", "does not hold"]
     assert [f["holds"] for f in data["items"][0]["findings"]] == [True, True, False]
-    assert "![corollary1](corollary1.png)" in text
+    assert "## Corollary 1" in text and "(corollary1.png)" in text and "2 of 3 claims hold as judged, 1 do not" in text
     monkeypatch.setattr(cli, "work", None)
-    assert report(*call)[1].splitlines()[2:] == text.splitlines()[2:]
+    assert report(*call)[1].splitlines()[:-1] == text.splitlines()[:-1]
+    page = tmp_path / "docs" / "page.md"
+    report(*call, "--page", str(page))
+    assert page.read_text().splitlines()[:-1] == text.replace("(corollary1", "(../out/corollary1").splitlines()[:-1]
+    with pytest.raises(BadInput, match=r"report unravel: --page .*: must be a file whose name ends in \.md"):
+        report(*call, "--page", str(tmp_path))
     data, text, _ = report("unravel", "--only", "fig10b", "--results", str(tmp_path / "results"))
-    assert data["items"] == [] or "not run: metalearn -m experiment=unravel/fig10b" in text
+    assert data["items"][0]["missing"] and "not run: metalearn -m experiment=unravel/fig10b" in text
 
 
 def test_a_coefficient_outside_is_named():

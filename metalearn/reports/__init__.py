@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import pkgutil
 import sys
 import time
@@ -73,6 +74,7 @@ def parser(name: str) -> Parser:
     p = Parser(f"report {name}", f"{module.TITLE}.\n\n{module.DESCRIPTION}")
     folder = f"outputs/theory/{name}"
     p.add_argument("--output", metavar="FOLDER", default=folder, help=f"default {folder}; files there are replaced")
+    p.add_argument("--page", metavar="FILE.md", help="write the Markdown there instead of FOLDER/report.md")
     p.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of every draw; default 0")
     module.options(p)
     return p
@@ -92,18 +94,27 @@ def main(arguments: Sequence[str]) -> int:
         return experiment_report.main(arguments)
     options = parser(arguments[0]).parse_args(arguments[1:])
     folder = Path(options.output)
-    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    if not existing.is_dir():
-        raise BadInput(f"report {arguments[0]}: --output {options.output}: {existing} is a file; name a folder")
+    page = Path(options.page) if options.page else folder / "report.md"
+    _check(arguments[0], "--output", folder, folder)
+    if options.page:
+        if page.suffix != ".md" or page.is_dir():
+            raise BadInput(f"report {arguments[0]}: --page {page}: must be a file whose name ends in .md")
+        _check(arguments[0], "--page", page, page.parent)
     began = time.monotonic()
     content: Content = load(arguments[0]).run(options)
-    _write(folder, arguments, content, time.monotonic() - began)
+    _write(folder, page, arguments, content, time.monotonic() - began)
     print(content.text)
-    print(f"files: {folder}", file=sys.stderr)
+    print(f"files: {folder}{f', {page}' if options.page else ''}", file=sys.stderr)
     return 0
 
 
-def _write(folder: Path, arguments: Sequence[str], content: Content, seconds: float) -> None:
+def _check(name: str, option: str, given: Path, folder: Path) -> None:
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    if not existing.is_dir():
+        raise BadInput(f"report {name}: {option} {given}: {existing} is a file; name a folder")
+
+
+def _write(folder: Path, page: Path, arguments: Sequence[str], content: Content, seconds: float) -> None:
     from metalearn.record import git_state
 
     commit, dirty = git_state()
@@ -115,7 +126,13 @@ def _write(folder: Path, arguments: Sequence[str], content: Content, seconds: fl
     shown = [name for name in content.figures if f"({name}.png)" not in content.text]
     pictures = "".join(f"\n![{name}]({name}.png)\n" for name in shown)
     source = "" if commit is None else f", commit {commit[:12]}{' (changed)' if dirty else ''}"
-    (folder / "report.md").write_text(f"`{header['command']}`{source}\n\n{content.text}\n{pictures}")
+    text = f"{content.text}\n{pictures}\n`{header['command']}`{source}\n"
+    beside = os.path.relpath(folder.absolute(), page.parent.absolute())
+    if beside != ".":
+        for name in content.figures:
+            text = text.replace(f"({name}.png)", f"({Path(beside).as_posix()}/{name}.png)")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(text)
     text = json.dumps({"header": header, **content.data}, indent=1, allow_nan=False)
     (folder / "report.json").write_text(text + "\n")
 

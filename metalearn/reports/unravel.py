@@ -20,6 +20,10 @@ DESCRIPTION = """Runs the experiments unravel/* that are studies, as far as they
 lists each claim of the paper with what was measured. Experiments that train networks are only drawn from results that
 are there; --train runs them, too (hours on a CPU)."""
 PAPER = "unravel"
+INTRODUCTION = """What Zou, Liu & Li (ICLR 2022) derive and show of alpha*, the best inner rate, and what was measured.
+`metalearn -m experiment=unravel/<item>` runs one item and draws it (PNG and SVG), with `size=paper` in the paper's full
+size; `metalearn report unravel` runs all that train nothing, and judges what there is of the others. `metalearn alpha`
+is the tool for your own runs."""
 
 
 class Item(NamedTuple):
@@ -44,7 +48,8 @@ def run(options: argparse.Namespace) -> Content:
     items = [_item(name, options) for name in _chosen(options.only)]
     data = {"items": [_record(item) for item in items]}
     figures = {k: f for item in items if item.shown for k, f in item.shown.figures.items()}
-    parts = ["# Unraveling MAML via the adaptation learning rate", _table(items), *_notes(items)]
+    parts = ["# Unraveling MAML via the adaptation learning rate", INTRODUCTION, _table(items), _count(items)]
+    parts += [_section(item) for item in items if item.shown] + _missing(items)
     return Content("\n\n".join(parts), data, figures)
 
 
@@ -123,13 +128,33 @@ def _table(items: list[Item]) -> str:
     return table(columns, rows, left=range(len(columns))) if rows else "Nothing has a result yet."
 
 
-def _notes(items: list[Item]) -> list[str]:
-    lines = [f"- {item.name}: {note}" for item in items if item.shown for note in item.shown.notes]
-    for item in items:
-        if item.missing:
-            what = f"{item.missing} cells have no result" if item.shown else "not run"
-            lines.append(f"- {item.name}: {what}: metalearn -m experiment={PAPER}/{item.name}")
-    return ["\n".join(lines)] if lines else []
+def _count(items: list[Item]) -> str:
+    verdicts = [f.holds for item in items if item.shown for f in item.shown.findings]
+    return (
+        f"{verdicts.count(True)} of {len(verdicts)} claims hold as judged, {verdicts.count(False)} do not, "
+        f"{verdicts.count(None)} are undecided. Some claims are ours: a second reading of the paper's, or the same "
+        "with other constants, beside its own."
+    )
+
+
+def _section(item: Item) -> str:
+    """Pictures and remarks of one experiment."""
+    assert item.shown is not None
+    title, figures = item.shown.title, item.shown.figures
+    parts = [f"## {title}", f"`metalearn -m experiment={PAPER}/{item.name}`"]
+    parts += [f"![{title}]({name}.png)" for name in figures]
+    lines = [f"- {note[0].upper()}{note[1:]}" for note in item.shown.notes]
+    return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
+
+
+def _missing(items: list[Item]) -> list[str]:
+    lines = [
+        f"- {item.name}: {f'{item.missing} cells have no result' if item.shown else 'not run'}: "
+        f"metalearn -m experiment={PAPER}/{item.name}"
+        for item in items
+        if item.missing
+    ]
+    return ["## Not run", "\n".join(lines)] if lines else []
 
 
 def _record(item: Item) -> dict[str, Any]:

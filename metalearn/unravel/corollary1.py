@@ -10,13 +10,17 @@ from metalearn.evaluation.metrics import metric_name, qualifiers_of
 from metalearn.results import Result
 from metalearn.shown import Finding, Shown, scalar
 
+TITLE = "Corollary 1: bounds of alpha*_lim"
+
 
 def show(results: Sequence[Result]) -> Shown:
     """Bounds and alpha*_lim of every design; the claims are those of (3.5)."""
     result = results[0]
     designs = [qualifiers_of(n) for n in result.data["metrics"] if n.startswith("alpha_lim@")]
     rows = [(q, *(scalar(result, metric_name(m, **q)) for m in ("alpha_lim", "lower", "upper"))) for q in designs]
-    return Shown({"corollary1": _figure(rows)}, [_upper(rows), _lower(rows, fixed=True), _lower(rows, fixed=False)])
+    return Shown(
+        TITLE, {"corollary1": _figure(rows)}, [_upper(rows), _lower(rows, fixed=True), _lower(rows, fixed=False)]
+    )
 
 
 ROUNDING = 1e-9

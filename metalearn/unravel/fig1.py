@@ -11,4 +11,4 @@ from metalearn.unravel import paths
 
 def show(results: Sequence[Result]) -> Shown:
     """See `metalearn.unravel.paths`."""
-    return paths.draw("fig1", results)
+    return paths.draw("Figure 1: minimisers over alpha", "fig1", results)

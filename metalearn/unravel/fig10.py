@@ -11,6 +11,8 @@ from metalearn.results import Config, Result
 from metalearn.shown import Finding, Shown
 from metalearn.unravel.rates import Scored, best, draw, scored
 
+PANELS = {"quadratic": ("a", "quadratic regression"), "sinusoid": ("b", "sine curves")}
+
 
 def show(results: Sequence[Result]) -> Shown:
     """The error over alpha with the range, and whether the best alpha lies inside."""
@@ -19,7 +21,7 @@ def show(results: Sequence[Result]) -> Shown:
     d, n = parameters(config), observations(config)
     low, high = 2 / min(n, d), n / min(n, d)
     least, inside = best(line), [s.rate for s in line if low <= s.rate <= high]
-    panel = {"quadratic": "a", "sinusoid": "b"}[config["dataset"]["name"]]
+    panel, data = PANELS[config["dataset"]["name"]]
     measured = (
         f"{least.text()}; range {low:.3g} to {high:.3g} (d = {d}, n = N K = {n}), in which {len(inside)} of the "
         f"{len(line)} rates lie"
@@ -35,7 +37,8 @@ def show(results: Sequence[Result]) -> Shown:
         f"{config['dataset']['shot']}; the paper does not say which n it takes, and its range holds for features in "
         "[0, 1], which tangent features are not",
     )
-    return Shown({f"fig10{panel}": _figure(line, low, high, panel)}, [finding], notes)
+    title = f"Figure 10({panel}): the heuristic range, {data}"
+    return Shown(title, {f"fig10{panel}": _figure(line, low, high, panel)}, [finding], notes)
 
 
 def parameters(config: Config) -> int:

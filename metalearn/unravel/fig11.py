@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, line, scalar, values
 
+TITLE = "Figure 11: linear regression as Bernacchia has it"
+
 NEAR = 0.02
 """How far the best rate may be from the estimate."""
 HEURISTIC = "H.18 heuristic"
@@ -29,7 +31,7 @@ def show(results: Sequence[Result]) -> Shown:
         "best alpha_r is positive for any start",
         "Bernacchia's case of fewer query samples than parameters is not in the figure and not judged",
     )
-    return Shown({"fig11": _figure(result)}, findings, notes)
+    return Shown(TITLE, {"fig11": _figure(result)}, findings, notes)
 
 
 # ---- claims ------------------------------------------------------------------------------------------------------

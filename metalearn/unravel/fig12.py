@@ -10,6 +10,8 @@ from metalearn.results import Result
 from metalearn.shown import Finding, Shown
 from metalearn.unravel.rates import Scored, below, best, draw, scored
 
+TITLE = "Figure 12: quadratic regression by a network"
+
 
 def show(results: Sequence[Result]) -> Shown:
     """Both panels, and whether the best rate is positive in each."""
@@ -27,7 +29,7 @@ def show(results: Sequence[Result]) -> Shown:
         f"{one['backbone']['hidden'][0]}, {one['trainer']['max_steps']} meta-steps",
         "no rate of training is negative: right, 0 is the end of the axis; crosses: some seed has no finite score",
     )
-    return Shown({"fig12": _figure(left, right, titles)}, findings, notes)
+    return Shown(TITLE, {"fig12": _figure(left, right, titles)}, findings, notes)
 
 
 def _positive(line: Sequence[Scored], title: str) -> Finding:

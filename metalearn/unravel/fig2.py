@@ -12,6 +12,8 @@ from metalearn.evaluation.metrics import metric_name
 from metalearn.results import Result, value
 from metalearn.shown import Finding, Shown, labels, line, scalar
 
+TITLE = "Figure 2: quadratic regression with tangent features"
+
 PANELS = {"uniform": "fig2a", "normal": "fig2b"}
 COLOURS = {"eq3.3": "tab:red", "H.14": "tab:orange", "H.15": "tab:purple"}
 JUDGED = ("eq3.3", "H.14")
@@ -51,7 +53,7 @@ def show(results: Sequence[Result]) -> Shown:
     results = sorted(results, key=lambda r: list(PANELS).index(value(r.config, "study.init")))
     figures = {PANELS[value(r.config, "study.init")]: _figure(r) for r in results}
     findings = [_finding(r, c, first=i == 0) for r in results for i, c in enumerate(labels(r, "rank", "cutoff"))]
-    return Shown(figures, findings, tuple(_note(r, labels(r, "rank", "cutoff")[-1]) for r in results))
+    return Shown(TITLE, figures, findings, tuple(_note(r, labels(r, "rank", "cutoff")[-1]) for r in results))
 
 
 def _pairs(result: Result) -> list[Pair]:

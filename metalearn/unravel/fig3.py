@@ -13,6 +13,8 @@ from metalearn.schema.keys import show as written
 from metalearn.shown import Finding, Shown
 from metalearn.statistics import over_seeds
 
+TITLE = "Figure 3: alpha estimated online, ANIL on Omniglot"
+
 FIXED = 0.1
 """The rate of the paper's configuration, which the estimate is compared with."""
 
@@ -48,7 +50,7 @@ def show(results: Sequence[Result]) -> Shown:
     config = results[0].config
     setting = f"{config['dataset']['way']}-way {config['dataset']['shot']}-shot, width {config['backbone']['width']}"
     notes = (f"{setting}, {config['trainer']['max_steps']} meta-steps; validation classes, bn={_mode(results)}",)
-    return Shown({"fig3": _figure(curves, setting)} if curves else {}, [_faster(curves)], notes)
+    return Shown(TITLE, {"fig3": _figure(curves, setting)} if curves else {}, [_faster(curves)], notes)
 
 
 def _mode(results: Sequence[Result]) -> str:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, labels, line
 
+TITLE = "Figure 4(a): alpha*_lim over the variance of the data, Gaussian basis"
+
 FIT = 0.35
 """c of the paper's example curve c / variance (metalearn/published/unravel_text.csv)."""
 PLOTTED = (0.2, 0.375)
@@ -37,7 +39,7 @@ def show(results: Sequence[Result]) -> Shown:
     _legend(figure, left, right)
     findings = [_falls(result, "centred"), _falls(result, "shifted"), _falls(result, "scaled"), _fit(result)]
     findings += [_inverse(result, basis) for basis in BASES if basis != "scaled"]
-    return Shown({"fig4a": figure}, findings, _notes(result))
+    return Shown(TITLE, {"fig4a": figure}, findings, _notes(result))
 
 
 def _curve(result: Result, basis: str, law: str, metric: str = "alpha_lim") -> Line:

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from metalearn.results import Result, value
 from metalearn.shown import Finding, Line, Shown, labels, line, scalar
 
+TITLE = "Figure 4(b): the same with tangent features"
+
 LATE = 3.0
 """Variances from which on the power is fitted: ten times less than the largest of the paper's."""
 NEAR = 0.1
@@ -26,7 +28,7 @@ def show(results: Sequence[Result]) -> Shown:
         f"without spread of the data alpha* is {zero:.3g}, not infinite: biases and the constant feature remain, and"
         " 1 / variance is the law of large variances alone"
     )
-    return Shown({"fig4b": _figure(result, curves, moments, zero)}, [_falls(curves), _inverse(curves)], (note,))
+    return Shown(TITLE, {"fig4b": _figure(result, curves, moments, zero)}, [_falls(curves), _inverse(curves)], (note,))
 
 
 def _exponents(curves: dict[str, Line], low: float, high: float) -> dict[str, float]:

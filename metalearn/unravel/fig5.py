@@ -13,6 +13,8 @@ from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, line, scalar
 from metalearn.unravel.laws import law
 
+TITLE = "Figure 5: MAML beside joint training under fast adaptation"
+
 
 class Law(NamedTuple):
     """What was measured with features of one law; eta is the rate of adaptation."""
@@ -58,7 +60,7 @@ def show(results: Sequence[Result]) -> Shown:
         "on the tasks of training, t steps are about one of rate t eta: w_m, the best start for a step of alpha, "
         f"overtakes w_r, the best for none, at t eta = alpha / 2: t = {turn:g}",
     )
-    return Shown({"fig5": _figure(laws, turn)}, findings, notes)
+    return Shown(TITLE, {"fig5": _figure(laws, turn)}, findings, notes)
 
 
 def _law(result: Result) -> Law:

@@ -10,6 +10,8 @@ from matplotlib.figure import Figure
 from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, line, scalar
 
+TITLE = "Figure 6: coefficients of polynomial moments"
+
 ROUNDING = 1e-9
 MEANING = {1: "pairs i + j = n", 2: "triples i + j + h = n", 3: "triples i + 2j + h = n"}
 
@@ -24,7 +26,7 @@ def show(results: Sequence[Result]) -> Shown:
         "g2 and g3 are what the expansion of tr E[G^3] needs; only the formula of g1 is taken from the paper",
         "g3 counts terms E x^n E x^(i + h), in which two of three samples are the same",
     )
-    return Shown({"fig6": _figure(found, study["width"])}, findings, notes)
+    return Shown(TITLE, {"fig6": _figure(found, study["width"])}, findings, notes)
 
 
 def _formula(g1: Line, d: int) -> Finding:

@@ -11,4 +11,4 @@ from metalearn.unravel import paths
 
 def show(results: Sequence[Result]) -> Shown:
     """See `metalearn.unravel.paths`."""
-    return paths.draw("fig7", results)
+    return paths.draw("Figure 7: minimisers over alpha, centred and uncentred features", "fig7", results)

@@ -11,6 +11,8 @@ from matplotlib.figure import Figure
 from metalearn.results import Result
 from metalearn.shown import Finding, Shown, line, scalar
 
+TITLE = "Figure 8: error of alpha*_lim over the number of tasks"
+
 PANELS = {"matrix": "(a) random matrix", "gaussian": "(b) Gaussian basis", "polynomial": "(c) polynomials"}
 PRINTED = {"matrix": 0.025, "gaussian": 0.25, "polynomial": 0.7}
 """The largest value on each axis of the paper."""
@@ -24,7 +26,7 @@ def show(results: Sequence[Result]) -> Shown:
         _panel(axis, result)
     study = results[0].config["study"]
     figure.suptitle(f"Figure 8 of Unraveling MAML: x ~ U({study['low']:g}, {study['high']:g}), K = {study['samples']}")
-    return Shown({"fig8": figure}, [_finding(r) for r in results], _notes(results))
+    return Shown(TITLE, {"fig8": figure}, [_finding(r) for r in results], _notes(results))
 
 
 def _finding(result: Result) -> Finding:

@@ -13,6 +13,8 @@ from metalearn.results import Result
 from metalearn.shown import Finding, Shown, labels, scalar, values
 from metalearn.unravel.laws import law
 
+TITLE = "Figure 9: loss over alpha for pairs of laws"
+
 ALLOWED = 1.02
 """The loss at alpha*_lim over the least of the grid."""
 COLUMNS = 3
@@ -30,7 +32,7 @@ def show(results: Sequence[Result]) -> Shown:
         axis.remove()
     handles, names = axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=len(names), fontsize=9, frameon=False)
-    return Shown({"fig9": figure}, [_finding(r) for r in results], _notes(results))
+    return Shown(TITLE, {"fig9": figure}, [_finding(r) for r in results], _notes(results))
 
 
 def _title(result: Result) -> str:

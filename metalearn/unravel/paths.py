@@ -17,7 +17,7 @@ NEAR = 0.25
 INNER, OUTER = "tab:blue", "tab:gray"
 
 
-def draw(name: str, results: Sequence[Result]) -> Shown:
+def draw(heading: str, name: str, results: Sequence[Result]) -> Shown:
     """A row of panels for each result: the path, the mean distance, and where it is least for other penalties."""
     figure = Figure(figsize=(13, 4.2 * len(results) + 0.4), layout="constrained")
     for axes, result in zip(figure.subplots(len(results), 3, squeeze=False), results, strict=True):
@@ -25,7 +25,7 @@ def draw(name: str, results: Sequence[Result]) -> Shown:
         _distances(axes[1], result)
         _penalties(axes[2], result)
     findings = [f for r in results for f in (_falls(r), _near(r), _outer(r))]
-    return Shown({name: figure}, findings, _notes(results))
+    return Shown(heading, {name: figure}, findings, _notes(results))
 
 
 def title(result: Result) -> str:

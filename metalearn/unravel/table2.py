@@ -12,6 +12,8 @@ from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, line, scalar
 from metalearn.tables.definition import load
 
+TITLE = "Table 2: last layer of a sine network"
+
 RISES_FROM = 0.3
 
 
@@ -44,7 +46,7 @@ def show(results: Sequence[Result]) -> Shown:
         f"the estimate depends on the scale of the features, which is that of one trained network: {limit[0]:.4g} here,"
         f" {paper.estimate:g} in the paper, whose network is not described further",
     )
-    return Shown({"table2": _figure(before, after, same, limit[0], paper)}, findings, notes)
+    return Shown(TITLE, {"table2": _figure(before, after, same, limit[0], paper)}, findings, notes)
 
 
 def published() -> Published:
