@@ -181,7 +181,7 @@ def _forget_process(kill: bool = False) -> None:
     with suppress(Exception):
         if kill:  # there is no public way
             wandb.setup()._connection._proc._process.kill()  # type: ignore[union-attr]
-    with suppress(Exception):
+    with suppress(Exception, SystemExit):  # teardown ends *us* if its process ended badly
         wandb.teardown()
 
 
