@@ -1,49 +1,47 @@
-"""From a command line to cells: which runs it means, and the names under which their results are kept.
+"""From a command line to cells: which runs it means.
 
 Imports no torch. `metalearn`, `-m`, and whatever else needs the cells of a command, use `expand`.
 """
 
-import hashlib
 import itertools
-import json
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import DictConfig
 
+from metalearn.composing import (
+    CHOICES,
+    Config,
+    all_keys,
+    base_of,
+    composer,
+    has,
+    members,
+    no_such_key,
+    preset_of,
+    resolved,
+    search_path,
+    suggestion,
+    with_group,
+    with_sections,
+)
+from metalearn.identity import contents_of, data_hash_of, identity, short_hash
 from metalearn.ledger import given_checkpoint
-from metalearn.paths import conf_dir
 from metalearn.schema import (
     GROUPS,
-    MEMBERS,
     BadInput,
-    Key,
     fields_of,
-    groups_of,
     is_study,
     member_of,
     nearest,
-    register,
-    sections,
     validate,
 )
 from metalearn.schema.groups import Run
-from metalearn.schema.registry import SINGLE
 
-Config = dict[str, Any]
-OPTIONAL = ("study", "experiment", "dataset_algorithm")
-CHOICES = tuple(dict.fromkeys((*GROUPS, *OPTIONAL)))
-OF_EXPERIMENT = ("grid", "sizes", "shows")
-"""What an experiment's file says besides groups and keys."""
 MOST_VALUES = 10_000
 
 
@@ -107,7 +105,7 @@ def expand(
     """
     given = _axes([a for a in arguments if not is_hydra(a)])
     axes, sizes = [a for a in given if a.name != "size"], [s for a in given if a.name == "size" for s in a.values]
-    with _composer([*config_dirs, *search_paths(arguments)]):
+    with composer([*config_dirs, *search_paths(arguments)]):
         products = [{a.name: a.values for a in axes}]
         if grid and any(a.name == "experiment" for a in axes):
             products = [p for e in _experiments(axes) for s in sizes or ("",) for p in _with_grid(e, axes, s)]
@@ -196,21 +194,10 @@ def _values(override: Override) -> tuple[str, ...]:
 
 def _experiments(axes: list[Axis]) -> Iterable[str]:
     """The experiments of a command line; an id without its panel's letter (unravel/fig4) means all its panels."""
-    known = members("experiment", _search_path)
+    known = members("experiment", search_path)
     for name in next(a.values for a in axes if a.name == "experiment"):
         panels = [m for m in known if m[:-1] == name and m[-1].isalpha()]
         yield from panels if panels and name not in known else [name]
-
-
-def preset(experiment: str, key: str, config_dirs: Sequence[str] = ()) -> Any:
-    """What an experiment's file says under one of `OF_EXPERIMENT`; None if it says nothing there."""
-    with _composer(config_dirs):
-        return _preset(experiment, key)
-
-
-def _preset(experiment: str, key: str) -> Any:
-    found = _base((f"experiment={experiment}",)).config.get(key)
-    return OmegaConf.to_container(found) if OmegaConf.is_config(found) else found
 
 
 def _with_grid(experiment: str, axes: list[Axis], size: str = "") -> list[dict[str, tuple[str, ...]]]:
@@ -220,7 +207,7 @@ def _with_grid(experiment: str, axes: list[Axis], size: str = "") -> list[dict[s
     what another product sets for Reptile. Values that no product lists, or none together, take the place of all.
     """
     given = {a.name: a.values for a in axes} | {"experiment": (experiment,)}
-    grid = _preset(experiment, "grid") or [{}]
+    grid = preset_of(experiment, "grid") or [{}]
     if not isinstance(grid, list):
         raise BadInput(f"experiment={experiment}: its grid must be a list of products")
     blocks = [_product(block | _size(experiment, size)) for block in grid]
@@ -239,7 +226,7 @@ def _product(block: dict[str, Any]) -> dict[str, tuple[str, ...]]:
 
 def _size(experiment: str, name: str) -> dict[str, Any]:
     """The keys that one of an experiment's sizes sets, by name; none for its own size, which has no name."""
-    sizes = (_preset(experiment, "sizes") or {}) | {"": {}}
+    sizes = (preset_of(experiment, "sizes") or {}) | {"": {}}
     if name not in sizes:
         others = [s for s in sizes if s]
         there = f"must be one of {', '.join(others)}{nearest(name, others)}" if others else f"{experiment} has one size"
@@ -257,119 +244,21 @@ def _literal(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-# ---- composing ---------------------------------------------------------------------------------------------------
-
-
-class _composer:
-    """Hydra's compose for the duration of a block, restoring whatever was initialised before."""
-
-    def __init__(self, config_dirs: Sequence[str]):
-        self.dirs = [str(Path(d).resolve()) for d in config_dirs]
-
-    def __enter__(self) -> None:
-        register()
-        self.before = GlobalHydra.instance().hydra
-        GlobalHydra.instance().clear()
-        initialize_config_dir(conf_dir(), version_base="1.3")
-        _search_path.clear()
-        _search_path.extend(self.dirs)
-        _base.cache_clear()
-        _dataset.cache_clear()
-
-    def __exit__(self, *_: object) -> None:
-        GlobalHydra.instance().clear()
-        GlobalHydra.instance().hydra = self.before
-
-
-_search_path: list[str] = []
-
-
-class Base(NamedTuple):
-    """A configuration before any key is set, the complete choice of members, and what all groups have without it."""
-
-    config: DictConfig
-    choices: tuple[str, ...]
-    chosen: dict[str, str | None]
-
-
-@lru_cache(maxsize=512)
-def _base(choices: tuple[str, ...]) -> Base:
-    """The configuration of a choice of members.
-
-    A paper's departures for a pair of data set and algorithm (`dataset_algorithm/<dataset>_<algorithm>`) are chosen
-    here, because Hydra does not let an interpolated group override others.
-    """
-    for choice in choices:
-        group, name = choice.split("=", 1)
-        known = members(group, _search_path)
-        if name not in known and not (name == "null" and group in OPTIONAL):
-            raise BadInput(f"{group}={name}: no such {group}{nearest(name, known)}")
-    given = any(c.startswith("dataset_algorithm=") for c in choices)
-    choices = tuple(c for c in choices if not c.endswith("=null"))
-    experiment = tuple(c for c in choices if c.startswith("experiment="))
-    config = None
-    if choices == experiment:
-        config = _compose(choices)
-        chosen = dict(config.hydra.runtime.choices)
-    else:  # composing takes long: what this choice leaves open is the same for all of an experiment's cells
-        chosen = _base(experiment).chosen | {k: v for k, v in (c.split("=", 1) for c in choices)}
-    special = f"{chosen['dataset']}_{chosen['algorithm']}"
-    given = given or chosen["study"] is not None or chosen["dataset_algorithm"] is not None
-    if not given and special in members("dataset_algorithm", _search_path):
-        choices, config = (*choices, f"dataset_algorithm={special}"), None
-    config = _compose(choices) if config is None else config
-    OmegaConf.set_readonly(config, False)
-    with open_dict(config):
-        del config["hydra"]
-        for group in set(GROUPS) - set(groups_of(config)):
-            if any(c.startswith(f"{group}=") for c in choices):
-                raise BadInput(f"{group}: no such group for study={config.study.name}, which trains nothing")
-            config.pop(group, None)
-    return Base(config, choices, chosen)
-
-
-def hydra_config(overrides: Sequence[str], config_dirs: Sequence[str] = ()) -> DictConfig:
-    """Hydra's own section with these overrides of it.
-
-    Raises:
-        BadInput: if they cannot be.
-    """
-    with _composer(config_dirs):
-        return _compose(tuple(overrides)).hydra
-
-
-def _compose(choices: tuple[str, ...]) -> DictConfig:
-    places = ",".join(QuotedString(text=f"file://{d}", quote=Quote.single).with_quotes() for d in _search_path)
-    extra = [f"hydra.searchpath=[{places}]"] if places else []
-    try:
-        return compose("config", overrides=[*choices, *extra], return_hydra_config=True)
-    except (HydraException, OmegaConfBaseException) as error:
-        cause = str(error.__cause__ or "").partition("\n")[0]
-        raise BadInput(" ".join(f"{error}{cause and f': {cause}'}".split())[:300]) from None
-
-
-def members(group: str, config_dirs: Sequence[str] = ()) -> list[str]:
-    """Names of the yaml files of a group."""
-    folders = [Path(d) / group for d in (conf_dir(), *config_dirs)]
-    found = {str(f.relative_to(d).with_suffix("")) for d in folders if d.is_dir() for f in d.rglob("*.yaml")}
-    return sorted(name.replace("\\", "/") for name in found)
-
-
 def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool, tolerant: bool) -> tuple[Cell, set[str]]:
     """The cell of one point of a product, and the axes that it does not have."""
     groups = tuple(f"{k}={v}" for k, v in chosen.items() if k in CHOICES)
     for name in chosen:
         if "/" in name or (name not in CHOICES and "." not in name and name not in fields_of(Run)):
-            raise BadInput(f"{name}: no such key or group{_suggest(name)}")
-    base, groups, _ = _base(groups)
+            raise BadInput(f"{name}: no such key or group{suggestion(name)}")
+    base, groups, _ = base_of(groups)
     values = {k: v for k, v in chosen.items() if k not in CHOICES}
-    dropped = {k for k in values if not _has(base, k)}
+    dropped = {k for k in values if not has(base, k)}
     for name in dropped:
         if not sweep or name.split(".")[0] not in GROUPS:
-            raise BadInput(_no_such_key(base, name))
+            raise BadInput(no_such_key(base, name))
     assignments = [f"{k}={v}" for k, v in values.items() if k not in dropped]
-    overrides, config = (*groups, *assignments), _composed(_resolve(base, assignments))
-    config = _grouped(config, chosen.get("experiment"))
+    overrides, config = (*groups, *assignments), with_sections(resolved(base, assignments))
+    config = with_group(config, chosen.get("experiment"))
     try:
         return _named(overrides, validate(config, complete=to_run), to_run), dropped
     except BadInput as error:
@@ -377,88 +266,6 @@ def _cell(chosen: dict[str, str], *, sweep: bool, to_run: bool, tolerant: bool) 
             raise
         cell = _named(overrides, validate(config, complete=False), to_run=False)
         return cell._replace(problem=str(error)), dropped
-
-
-def _has(base: DictConfig, name: str) -> bool:
-    node: Any = base
-    for part in name.split("."):
-        if not OmegaConf.is_dict(node):
-            return False
-        if part not in node.keys():  # `in` denies required keys without a value
-            return OmegaConf.is_struct(node) is False  # a mapping whose keys are the user's
-        node = node._get_node(part)
-    return True
-
-
-def _no_such_key(base: DictConfig, name: str) -> str:
-    group = name.split(".", 1)[0]
-    if group not in GROUPS:
-        return f"{name}: no such key{nearest(name, [*GROUPS, *fields_of(Run)])}"
-    if group not in base:
-        return (
-            f"{name}: no such key for study={base.study.name}, which trains nothing"
-            if is_study(base)
-            else (f"{name}: there is no study; choose one of {', '.join(members('study', _search_path))}")
-        )
-    keys = [f"{group}.{k}" for k in base[group] if k != "_target_"]
-    return f"{name}: no such key for {group}={base[group].get('name', group)}{nearest(name, keys)}"
-
-
-def _suggest(name: str) -> str:
-    """A hint for a name that is neither a group nor a key outside the groups."""
-    full = [key for key in all_keys() if key.endswith(f".{name}")]
-    return f"; did you mean '{full[0]}'?" if full else nearest(name, [*CHOICES, *fields_of(Run)])
-
-
-def all_keys() -> list[str]:
-    """The keys of all members of all groups."""
-    schemas = [(g, s) for g, members in MEMBERS.items() for s in members.values()] + list(SINGLE.items())
-    return list(dict.fromkeys(f"{group}.{name}" for group, schema in schemas for name in fields_of(schema)))
-
-
-def _resolve(base: DictConfig, assignments: Sequence[str]) -> Config:
-    """The composed configuration with values set, as plain data."""
-    config = OmegaConf.create(OmegaConf.to_container(base, resolve=False))
-    try:
-        for override in OverridesParser.create().parse_overrides(list(assignments)):
-            value = override.value()
-            merge = isinstance(value, dict) and OmegaConf.is_dict(OmegaConf.select(config, override.key_or_group))
-            OmegaConf.update(config, override.key_or_group, value, merge=merge)  # mappings as Hydra does
-        plain = OmegaConf.to_container(config, resolve=True)
-    except OmegaConfBaseException as error:
-        raise BadInput(f"{error.full_key or 'configuration'}: {str(error).splitlines()[0]}") from None
-    assert isinstance(plain, dict)
-    return {str(k): v for k, v in plain.items() if k not in ("hydra", *OF_EXPERIMENT)}
-
-
-def _composed(config: Config) -> Config:
-    """The configuration with the sections that one of its members takes from further yaml files.
-
-    A study has none of training's groups.
-    """
-    if is_study(config):
-        return {k: v for k, v in config.items() if k not in GROUPS or k in groups_of(config)}
-    dataset = config["dataset"]
-    return config | {"dataset": member_of("dataset", dataset).composed(dataset, _dataset)}
-
-
-def _grouped(config: Config, experiment: str | None) -> Config:
-    """The configuration whose W&B group is the experiment's name, unless it has a group or there is no experiment."""
-    logger = config["logger"]
-    if logger["group"] is not None or experiment in (None, "null"):
-        return config
-    return config | {"logger": logger | {"group": experiment}}
-
-
-@lru_cache(maxsize=64)
-def _dataset(name: str, key: str) -> Config:
-    """The section of a data set as its yaml file has it, not to be changed; `key` is what names it."""
-    known = members("dataset", _search_path)
-    if name not in known:
-        raise BadInput(f"{key}: no dataset '{name}'{nearest(name, known)}")
-    section = OmegaConf.to_container(_compose((f"dataset={name}",)).dataset, resolve=True)
-    assert isinstance(section, dict)
-    return {str(k): v for k, v in section.items()}
 
 
 def from_composed(config: DictConfig, config_dirs: Sequence[str] = (), experiment: str | None = None) -> Cell:
@@ -469,31 +276,17 @@ def from_composed(config: DictConfig, config_dirs: Sequence[str] = (), experimen
         config_dirs: Hydra's folders of further groups.
         experiment: the experiment that Hydra composed, if any.
     """
-    with _composer(config_dirs):
-        return _named((), validate(_grouped(_composed(_resolve(config, ())), experiment)))
-
-
-# ---- names -------------------------------------------------------------------------------------------------------
-
-
-def _data_hash(config: Config) -> str:
-    """Names the data by their contents; empty for a study, which draws its own."""
-    return "" if is_study(config) else member_of("dataset", config["dataset"]).data_hash(config["dataset"])
-
-
-def _contents(config: Config) -> dict[str, str]:
-    """Content hashes of the source files that a run's factories lie in."""
-    found = [(path, member_of(group, section), section) for path, group, section in sections(config)]
-    return {f"{path}.content": schema.content(section) for path, schema, section in found if hasattr(schema, "content")}
+    with composer(config_dirs):
+        return _named((), validate(with_group(with_sections(resolved(config, ())), experiment)))
 
 
 def _named(overrides: Sequence[str], config: Config, to_run: bool = True) -> Cell:
-    data_hash, contents = (_data_hash(config), _contents(config)) if to_run else ("", {})
+    data_hash, contents = (data_hash_of(config), contents_of(config)) if to_run else ("", {})
     needs = _needs(config) if to_run else ()
     if needs:
         contents["needs"] = " ".join(need.sha256 if isinstance(need, Given) else need.train_id for need in needs)
     train, test = identity(config, data_hash, contents)
-    return Cell(tuple(overrides), config, _hash([train, test]), _hash([train]), data_hash, needs)
+    return Cell(tuple(overrides), config, short_hash([train, test]), short_hash([train]), data_hash, needs)
 
 
 def _needs(config: Config) -> tuple[Cell | Given, ...]:
@@ -514,40 +307,3 @@ def _needs(config: Config) -> tuple[Cell | Given, ...]:
         except ValueError as error:
             raise BadInput(f"{key}={path}: {error}") from None
     return tuple(found)
-
-
-def identity(config: Config, data_hash: str, contents: dict[str, str] | None = None) -> tuple[Config, Config]:
-    """What names a run: the `train` and the `test` keys that differ from their declared defaults.
-
-    Epochs and targets of all members enter, the data's content hash in place of its path, and the content hashes of
-    source files that keys name.
-    """
-    found: dict[str, Config] = {"train": {"dataset.data": data_hash, "engine.epoch": Run.epoch}, "test": {}, "none": {}}
-    found["train"] |= contents or {}
-    for name, field in fields_of(Run).items():
-        _note(found, name, field.key, config[name], field.default)
-    for path, group, section in sections(config):
-        schema = member_of(group, section)
-        if "_target_" in section:
-            found["train"][f"{path}._target_"] = section["_target_"]
-        found["train"][f"{path}.epoch"] = schema.epoch
-        for name, field in fields_of(schema).items():
-            if name != "root" and not field.key.sections:
-                _note(found, f"{path}.{name}", field.key, section[name], field.default)
-    return found["train"], found["test"]
-
-
-def _note(found: dict[str, Config], path: str, key: Key, value: Any, default: Any) -> None:
-    if key.first_touches is not None and value[:1] != default[:1]:
-        found[key.first_touches][f"{path}.0"] = value[0]
-    if value != default:
-        found[key.touches][path] = value
-
-
-def _hash(value: Any) -> str:
-    return config_hash(value)[:12]
-
-
-def config_hash(value: Any) -> str:
-    """sha256 of the canonical JSON of plain data, 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from metalearn.cells import members
+from metalearn.composing import members
 from metalearn.schema import GROUPS, MEMBERS, BadInput, fields_of, nearest
 from metalearn.schema.groups import Run
 from metalearn.schema.keys import Field

@@ -11,7 +11,7 @@ from hydra.core.config_store import ConfigStore
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from omegaconf import OmegaConf
 
-from metalearn import cells
+from metalearn import composing
 from metalearn.schema import BadInput
 from metalearn.schema.keys import nearest
 
@@ -58,12 +58,12 @@ def settings(arguments: Sequence[str], config_dirs: Sequence[str] = ()) -> dict[
     chosen = [a for a in arguments if is_launcher(a)]
     if not chosen:
         return dict(BASIC)
-    known = [*KNOWN, *(m.removeprefix("launcher/") for m in cells.members("hydra", config_dirs))]
+    known = [*KNOWN, *(m.removeprefix("launcher/") for m in composing.members("hydra", config_dirs))]
     for name in (a.partition("=")[2] for a in chosen if a.startswith("hydra/launcher=")):
         if name not in known:
             raise BadInput(f"hydra/launcher={name}: must be one of {', '.join(sorted(known))}{nearest(name, known)}")
     try:
-        node = cells.hydra_config(chosen, config_dirs).launcher
+        node = composing.hydra_config(chosen, config_dirs).launcher
     except BadInput as error:
         raise BadInput(str(error).replace("Could not override", "no such setting:").split(". To append")[0]) from None
     found = {str(k): v for k, v in (OmegaConf.to_container(node, resolve=False) or {}).items()}  # type: ignore[union-attr]

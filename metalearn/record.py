@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from metalearn.cells import Cell, config_hash
+from metalearn.cells import Cell
 from metalearn.evaluation.metrics import UNITS, qualifiers_of, summarize
+from metalearn.identity import config_hash
 from metalearn.ledger import CellDir
 from metalearn.schema import fields_of, is_study, member_of
 

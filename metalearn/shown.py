@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from metalearn import cells
+from metalearn import composing
 from metalearn.evaluation.metrics import metric_name, qualifiers_of
 from metalearn.ledger import write_atomically
 from metalearn.results import Result
@@ -130,7 +130,7 @@ def _number(value: float | None) -> float:
 
 def module_of(experiment: str, config_dirs: Sequence[str] = ()) -> str | None:
     """The module that shows an experiment, if its file names one."""
-    name = cells.preset(experiment, "shows", config_dirs)
+    name = composing.preset(experiment, "shows", config_dirs)
     return None if name is None else str(name)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from metalearn import cells, launchers, schema, sweeper
+from metalearn import composing, launchers, schema, sweeper
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,8 +24,8 @@ def one_thread():
 def compose_once():
     """Keep compositions between calls of `expand`, for modules in which conf/ does not change."""
     with pytest.MonkeyPatch.context() as patch:
-        for kept in (cells._base, cells._dataset):
+        for kept in (composing.base_of, composing.dataset_section):
             patch.setattr(kept, "cache_clear", lambda: None)
         yield
-    cells._base.cache_clear()
-    cells._dataset.cache_clear()
+    composing.base_of.cache_clear()
+    composing.dataset_section.cache_clear()

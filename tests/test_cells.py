@@ -10,8 +10,9 @@ from hydra import compose
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalearn import cells
-from metalearn.cells import expand, from_composed, identity
+from metalearn import cells, composing
+from metalearn.cells import expand, from_composed
+from metalearn.identity import identity
 from metalearn.schema import MEMBERS, BadInput, fields_of, register
 from metalearn.schema.algorithms import MAML
 from metalearn.schema.datasets import Omniglot
@@ -21,7 +22,7 @@ from metalearn.schema.registry import SINGLE
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 SINE = "dataset=sinusoid"
-forget = functools.partial(type(cells._base).cache_clear, cells._base)
+forget = functools.partial(type(composing.base_of).cache_clear, composing.base_of)
 
 
 @pytest.fixture
@@ -273,7 +274,7 @@ def test_a_users_folder_adds_members_and_departures(conf):
 def test_hydra_composes_the_same_cell_from_its_overrides(arguments):
     """What a launcher's job computes from `Cell.overrides` is the cell that was meant."""
     for cell in expand(arguments):
-        with cells._composer([]):
+        with composing.composer([]):
             job = from_composed(compose("config", overrides=list(cell.overrides)))
         assert (job.cell_id, job.config) == (cell.cell_id, cell.config)
 
@@ -498,7 +499,7 @@ def test_more_classes_than_a_small_set_has(monkeypatch):
         expand(["dataset.way=20"])
 
 
-NAMES = [f"{g}.{f.name}".lstrip(".") for g, _, f in DECLARED] + list(cells.CHOICES)
+NAMES = [f"{g}.{f.name}".lstrip(".") for g, _, f in DECLARED] + list(composing.CHOICES)
 TEXT = st.text(st.characters(codec="utf-8"), max_size=12)
 PIECES = st.lists(
     st.sampled_from(
@@ -519,7 +520,7 @@ def test_any_text_is_understood_or_refused(name, value):
 
 
 def test_hydra_is_left_as_it_was():
-    with cells.initialize_config_dir(cells.conf_dir(), version_base="1.3"):
-        before = cells.GlobalHydra.instance().hydra
+    with composing.initialize_config_dir(composing.conf_dir(), version_base="1.3"):
+        before = composing.GlobalHydra.instance().hydra
         expand([SINE])
-        assert cells.GlobalHydra.instance().hydra is before
+        assert composing.GlobalHydra.instance().hydra is before

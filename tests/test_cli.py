@@ -12,7 +12,7 @@ import yaml
 from omegaconf import OmegaConf
 from runs import TINY
 
-from metalearn import cells, cli
+from metalearn import cells, cli, composing
 from metalearn.ledger import CellDir
 from metalearn.schema import GROUPS, MEMBERS, fields_of, groups_of
 from metalearn.schema.groups import Trainer
@@ -175,7 +175,7 @@ def test_help_names_every_group_member_and_key(quiet):
         code, out, err = quiet[name]
         assert (code, err) == (0, "")
         for group in (*GROUPS, "experiment"):
-            assert group in out and all(member in out for member in cells.members(group))
+            assert group in out and all(member in out for member in composing.members(group))
         assert all(word in out for word in ("seed", "rerun", "output_dir", "exit codes"))
     code, out, _ = quiet["help trainer"]
     assert code == 0 and all(f"trainer.{name}" in out for name in fields_of(Trainer))

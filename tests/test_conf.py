@@ -12,8 +12,9 @@ import pytest
 import yaml
 from small_data import small_files
 
-from metalearn import cells
-from metalearn.cells import expand, members
+from metalearn import composing
+from metalearn.cells import expand
+from metalearn.composing import members
 from metalearn.paths import conf_dir
 from metalearn.run import NOT_ARGUMENTS, build, build_data, build_learner
 from metalearn.schema import GROUPS, MEMBERS, fields_of, is_study
@@ -23,7 +24,7 @@ from metalearn.studies import Study
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 PLAIN = yaml.safe_load(Path(conf_dir(), "config.yaml").read_text())["defaults"]
-CHOICES = [(group, name) for group in cells.CHOICES if group != "experiment" for name in members(group)]
+CHOICES = [(group, name) for group in composing.CHOICES if group != "experiment" for name in members(group)]
 TYPES = [(group, schema) for group, found in MEMBERS.items() for schema in found.values()]
 
 
@@ -97,7 +98,7 @@ def test_keys_that_a_departures_comment_offers_can_be_set(name, places):
 
 def test_every_group_has_members_and_every_folder_is_a_group():
     folders = {path.name for path in Path(conf_dir()).iterdir() if path.is_dir()}
-    assert folders <= {*cells.CHOICES, "table", "hydra"} and set(GROUPS) <= {group for group, _ in CHOICES}
+    assert folders <= {*composing.CHOICES, "table", "hydra"} and set(GROUPS) <= {group for group, _ in CHOICES}
 
 
 def constructor(schema) -> dict[str, inspect.Parameter]:

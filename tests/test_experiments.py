@@ -11,7 +11,8 @@ import yaml
 from small_data import small_files
 
 import metalearn
-from metalearn.cells import Cell, expand, members
+from metalearn.cells import Cell, expand
+from metalearn.composing import members
 from metalearn.paths import conf_dir
 from metalearn.results import matches, value
 from metalearn.run import build, build_data, build_learner, run

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from metalearn.algorithms import MAML, Reptile
 from metalearn.algorithms.pools import pooled
-from metalearn.cells import expand, identity
+from metalearn.cells import expand
 from metalearn.episode import Episode, Examples
 from metalearn.functional import per_task, unrolled
+from metalearn.identity import identity
 from metalearn.schema import BadInput
 
 

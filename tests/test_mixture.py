@@ -10,7 +10,7 @@ from runs import cell_of, folder, result
 from scipy.stats import chisquare
 from test_data import Numbered, draw, episodes, flat, same
 
-from metalearn import cells
+from metalearn import composing
 from metalearn.cells import expand, from_composed
 from metalearn.datasets.mixture import Mixture
 from metalearn.datasets.sinusoid import Sinusoid
@@ -170,10 +170,10 @@ def test_one_data_set_twice_under_other_names():
 def test_hydras_job_has_the_same_cell(arguments):
     """From the overrides that a launcher hands on, and from the finished configuration."""
     cell = one(*arguments)
-    with cells._composer([]):
+    with composing.composer([]):
         job = from_composed(compose("config", overrides=list(cell.overrides)))
     assert (job.cell_id, job.config) == (cell.cell_id, cell.config)
-    assert from_composed(cells.OmegaConf.create(cell.config)).cell_id == cell.cell_id
+    assert from_composed(composing.OmegaConf.create(cell.config)).cell_id == cell.cell_id
 
 
 def test_what_names_a_mixture(tmp_path, monkeypatch):

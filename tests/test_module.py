@@ -19,8 +19,9 @@ from torch.func import functional_call
 
 from metalearn.algorithms import MAML, ProtoNet
 from metalearn.backbones import Module, chain, module, plain
-from metalearn.cells import _contents, expand
+from metalearn.cells import expand
 from metalearn.episode import Episode
+from metalearn.identity import contents_of
 from metalearn.meta_gradient import meta_gradient
 from metalearn.random import Key
 from metalearn.run import run
@@ -556,7 +557,7 @@ def test_the_source_file_enters_the_identity_without_being_imported(package, mon
     after = cell(*USER)
     assert after.train_id != before.train_id
     digest = hashlib.sha256((package / "nets.py").read_bytes()).hexdigest()
-    assert _contents(after.config) == {"backbone.content": f"{digest}:make_net"}
+    assert contents_of(after.config) == {"backbone.content": f"{digest}:make_net"}
 
 
 def test_arguments_are_a_mapping_of_the_users(package):

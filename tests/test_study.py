@@ -9,7 +9,8 @@ import pytest
 from own_study import SHOWS, Keys
 
 from metalearn import cli, shown
-from metalearn.cells import expand, from_composed, preset
+from metalearn.cells import expand, from_composed
+from metalearn.composing import preset
 from metalearn.ledger import CellDir
 from metalearn.results import Result, find
 from metalearn.run import run

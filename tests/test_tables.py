@@ -19,7 +19,8 @@ import pytest
 from scipy import stats
 
 from metalearn import listing
-from metalearn.cells import expand, members
+from metalearn.cells import expand
+from metalearn.composing import members
 from metalearn.schema import BadInput
 from metalearn.tables import command, definition, make, records, render
 from metalearn.tables.definition import load, names

@@ -60,7 +60,7 @@ def _chosen(only: list[str] | None) -> list[str]:
         BadInput: for one that is not there.
     """
     from metalearn import shown
-    from metalearn.cells import members
+    from metalearn.composing import members
     from metalearn.schema import BadInput, nearest
 
     there = [m.partition("/")[2] for m in members("experiment") if m.startswith(f"{PAPER}/")]
@@ -77,14 +77,14 @@ def _place(name: str) -> tuple[str, int, str]:
 
 
 def _item(name: str, options: argparse.Namespace) -> Item:
-    from metalearn import cells, cli, shown
+    from metalearn import cli, composing, shown
     from metalearn.ledger import CellDir
     from metalearn.results import Result
     from metalearn.schema import is_study
 
     experiment = f"{PAPER}/{name}"
     words = [f"experiment={experiment}", f"output_dir={options.results}", "logger=none"]
-    if options.size in (cells.preset(experiment, "sizes") or {}):
+    if options.size in (composing.preset(experiment, "sizes") or {}):
         words.append(f"size={options.size}")
     found = cells_of(words)
     studies = is_study(found[0].config)

@@ -9,7 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from metalearn.cells import Cell, config_hash
+from metalearn.cells import Cell
+from metalearn.identity import config_hash
 from metalearn.ledger import CellDir
 from metalearn.objects import build
 from metalearn.random import Key

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from metalearn.cells import Cell, config_hash
+from metalearn.cells import Cell
+from metalearn.identity import config_hash
 from metalearn.ledger import now, read_json, write_json
 from metalearn.record import git_state
 from metalearn.sweep.speed import STARTED, Group, Speed

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalearn.cells import Cell, config_hash
+from metalearn.cells import Cell
+from metalearn.identity import config_hash
 from metalearn.record import episodes_id
 from metalearn.results import Result
 from metalearn.statistics import Z, detectable

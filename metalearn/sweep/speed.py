@@ -11,7 +11,8 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from metalearn.cells import Cell, config_hash
+from metalearn.cells import Cell
+from metalearn.identity import config_hash
 from metalearn.schema import MEMBERS, fields_of, member_of, sections
 from metalearn.schema.groups import LONG_RUN
 from metalearn.schema.keys import Field, show

@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from metalearn.cells import all_keys, members
+from metalearn.composing import all_keys, members
 from metalearn.evaluation.metrics import metric_name, qualifiers_of
 from metalearn.paths import conf_dir
 from metalearn.schema import GROUPS, BadInput, fields_of, nearest
