@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from metalearn.evaluation.metrics import metric_name, qualifiers_of
+from metalearn.identity import identity, short_hash
 from metalearn.ledger import read_result
 from metalearn.schema import MEMBERS, BadInput, fields_of
 from metalearn.schema.groups import Run
@@ -128,6 +129,26 @@ def _below(place: Path) -> Iterator[Result]:
                 yield Result(Path(folder), data)
             else:
                 warnings.warn(f"{path} is no result, or damaged, and is left out", stacklevel=2)
+
+
+class Stored:
+    """Results that are kept somewhere (`docs/runs`), found by what they are results of.
+
+    Args:
+        results: see above.
+    """
+
+    def __init__(self, results: Iterable[Result]):
+        self._by_id = {r.data["cell_id"]: r for r in results}
+        self._data = {r.data["data_hash"] for r in self._by_id.values()}
+
+    def of(self, config: Config) -> Result | None:
+        """The result of a validated configuration, whose data need not be here: a result names its own.
+
+        None also for runs that start from others' results or have source files of the user's: their ids say more.
+        """
+        names = (short_hash(list(identity(config, data_hash))) for data_hash in self._data)
+        return next((self._by_id[name] for name in names if name in self._by_id), None)
 
 
 def value(config: Mapping[str, Any], key: str) -> Any:

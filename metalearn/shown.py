@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg")
+OURS = " (our claim)"
 VERDICTS = {True: "holds", False: "does not hold", None: "undecided"}
 
 
@@ -38,16 +39,18 @@ class Finding(NamedTuple):
         criterion: what has to be measured for the claim to hold.
         measured: what was, with its numbers.
         holds: None if the results do not decide it; `measured` says why.
+        ours: whether it is not the paper's claim: a second reading of it, or the same with other constants.
     """
 
     claim: str
     criterion: str
     measured: str
     holds: bool | None
+    ours: bool = False
 
     def line(self) -> str:
         """One line for the terminal."""
-        return f"{VERDICTS[self.holds]}: {self.claim} ({self.criterion}): {self.measured}"
+        return f"{VERDICTS[self.holds]}: {self.claim}{OURS * self.ours} ({self.criterion}): {self.measured}"
 
 
 class Shown(NamedTuple):

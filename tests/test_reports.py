@@ -120,7 +120,11 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     found = [row for row in rows(text) if len(row) == 5][1:]
     assert [r[0] for r in found] == ["corollary1"] * 3 and [r[4] for r in found] == ["holds", "holds", "does not hold"]
     assert [f["holds"] for f in data["items"][0]["findings"]] == [True, True, False]
-    assert "## Corollary 1" in text and "(corollary1.png)" in text and "2 of 3 claims hold as judged, 1 do not" in text
+    assert (
+        "## Corollary 1" in text
+        and "(corollary1.png)" in text
+        and "claims 2 hold as judged, 1 do not, 0 are undecided" in text
+    )
     monkeypatch.setattr(cli, "work", None)
     assert report(*call)[1].splitlines()[:-1] == text.splitlines()[:-1]
     page = tmp_path / "docs" / "page.md"
@@ -128,8 +132,36 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     assert page.read_text().splitlines()[:-1] == text.replace("(corollary1", "(../out/corollary1").splitlines()[:-1]
     with pytest.raises(BadInput, match=r"report unravel: --page .*: must be a file whose name ends in \.md"):
         report(*call, "--page", str(tmp_path))
-    data, text, _ = report("unravel", "--only", "fig10b", "--results", str(tmp_path / "results"))
-    assert data["items"][0]["missing"] and "not run: metalearn -m experiment=unravel/fig10b" in text
+
+
+def test_the_report_on_alpha_takes_stored_results(report, tmp_path, monkeypatch, capsys):
+    """By what they are results of: of data that are not here, too. What is missing is named with its command."""
+    from metalearn import cli
+
+    small = ["study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"]
+    plain = reports.load("unravel").cells_of
+    monkeypatch.setattr(reports.load("unravel"), "cells_of", lambda words: plain([*words, *small]))
+    call = ("unravel", "--only", "corollary1", "--threads", "1", "--results")
+    text = report(*call, str(tmp_path / "first"))[1]
+    monkeypatch.setattr(cli, "work", None)
+    again = report(*call, str(tmp_path / "second"), "--from", str(tmp_path / "first"))[1]
+    assert again.splitlines()[:-1] == text.splitlines()[:-1]
+    monkeypatch.setattr(reports.load("unravel"), "cells_of", plain)
+    data, text, _ = report("unravel", "--only", "fig3", "--results", str(tmp_path / "results"))
+    assert data["items"][0]["missing"] == 15 and "not run: metalearn -m experiment=unravel/fig3" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--size", "papr"], r"--size papr: corollary1 has paper; did you mean 'paper'\?"),
+        (["--only", "fig99"], r"--only fig99: must be one of "),
+        (["--from", "nowhere"], r"nowhere: no such folder of results"),
+    ],
+)
+def test_the_report_on_alpha_refuses(arguments, message):
+    with pytest.raises(BadInput, match=message):
+        reports.main(["unravel", *arguments])
 
 
 def test_a_coefficient_outside_is_named():

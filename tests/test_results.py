@@ -4,8 +4,9 @@ import json
 
 import pandas as pd
 import pytest
+import runs
 
-from metalearn.results import differing, find, frame, idle, matches, value
+from metalearn.results import Result, Stored, differing, find, frame, idle, matches, value
 from metalearn.schema import BadInput
 
 CONFIG = {
@@ -111,3 +112,15 @@ def test_the_latest_attempt_wins_and_half_lines_are_passed_over(tmp_path):
     (tmp_path / "a" / "metrics.jsonl").write_text("\n".join(lines))
     (r,) = find(tmp_path)
     assert r.log()[["step", "loss"]].to_numpy().tolist() == [[1, 2]]
+
+
+def test_stored_results_are_found_by_what_they_are_of(tmp_path):
+    """Also where the data are not here; not by a configuration that differs in one key."""
+    cell = runs.cell_of(tmp_path, "seed=3")
+    config = cell.config
+    kept = Result(tmp_path, {"cell_id": cell.cell_id, "data_hash": cell.data_hash, "config": config})
+    other = Result(tmp_path, {"cell_id": "0" * 12, "data_hash": "f" * 16, "config": config})
+    stored = Stored([other, kept])
+    assert stored.of(config) is kept
+    assert stored.of(runs.cell_of(tmp_path, "seed=4").config) is None
+    assert stored.of(config | {"output_dir": "elsewhere"}) is kept

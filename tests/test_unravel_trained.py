@@ -132,13 +132,22 @@ def curves(tmp_path, speed):
 @pytest.mark.parametrize(("online", "holds"), [(2.0, True), (1.0, True), (0.5, False)])
 def test_figure_3_asks_who_is_first(tmp_path, online, holds):
     found = fig3.show(curves(tmp_path, lambda rate: online if rate == "online" else 1.0))
-    (finding,) = found.findings
-    assert finding.holds is holds and "and 1000 meta-steps" in finding.measured
-    after = {2.0: "after 500 ", 1.0: "after 1000 ", 0.5: "after inf "}[online]
-    assert after in finding.measured and "other fixed rates get there after 0.03: 1000" in finding.measured
+    faster, fastest = found.findings
+    assert faster.holds is fastest.holds is holds and "and 1000 meta-steps" in faster.measured
+    assert {2.0: "after 500 ", 1.0: "after 1000 ", 0.5: "after inf "}[online] in faster.measured
+    assert (
+        "0.03 never" if online == 2.0 else "0.03 after 1000" if online == 1 else "0.03 after 500"
+    ) in fastest.measured
     assert len(drawn(found)) == 1
+
+
+def test_figure_3_says_if_another_fixed_rate_is_first(tmp_path):
+    found = fig3.show(curves(tmp_path, lambda rate: {"online": 2.0, 1.0: 4.0}.get(rate, 1.0)))
+    assert [f.holds for f in found.findings] == [True, False]
+    assert "of the fixed rates 0.03 never" in found.findings[1].measured
+    assert "1.0 after 500 meta-steps, 90.0 +- 0.0 % at the end" in found.findings[1].measured
 
 
 def test_figure_3_is_undecided_without_logs():
     found = fig3.show(results_of("fig3", lambda *_: 0.9, {"name": "omniglot", "way": 5}))
-    assert found.figures == {} and found.findings[0].holds is None
+    assert found.figures == {} and [f.holds for f in found.findings] == [None, None]

@@ -150,7 +150,9 @@ def claims(entries: Sequence[Entry], experiments: Sequence[str], folders: Sequen
         if module is None or not found:
             continue
         content = shown.show(name, module, found)
-        rows = [[f.claim, f.criterion, f.measured, shown.VERDICTS[f.holds]] for f in content.findings]
+        rows = [
+            [f.claim + shown.OURS * f.ours, f.criterion, f.measured, shown.VERDICTS[f.holds]] for f in content.findings
+        ]
         pieces.append(table(["claim", "criterion", "measured", "verdict"], rows, class_="words"))
         pieces += [tag("p", note) for note in content.notes]
         pieces += [picture(draw.encoded(f, "png", DPI), title) for title, f in content.figures.items()]

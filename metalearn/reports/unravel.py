@@ -13,17 +13,17 @@ from metalearn.reports import Content, table
 
 if TYPE_CHECKING:
     from metalearn.cells import Cell
+    from metalearn.results import Result, Stored
     from metalearn.shown import Shown
 
 TITLE = "figures and claims of Unraveling MAML (adaptation learning rate), run from nothing"
-DESCRIPTION = """Runs the experiments unravel/* that are studies, as far as they have no result yet, draws them, and
-lists each claim of the paper with what was measured. Experiments that train networks are only drawn from results that
-are there; --train runs them, too (hours on a CPU)."""
+DESCRIPTION = """Runs the experiments unravel/*, as far as they have no result yet, draws them, and lists each claim of
+the paper with what was measured: about half an hour on two cores, from nothing. Figure 3 needs the files of Omniglot
+(metalearn -m experiment=unravel/fig3 dataset.root=...) and is drawn from results that are there."""
 PAPER = "unravel"
 INTRODUCTION = """What Zou, Liu & Li (ICLR 2022) derive and show of alpha*, the best inner rate, and what was measured.
-`metalearn -m experiment=unravel/<item>` runs one item and draws it (PNG and SVG), with `size=paper` in the paper's full
-size; `metalearn report unravel` runs all that train nothing, and judges what there is of the others. `metalearn alpha`
-is the tool for your own runs."""
+`metalearn report unravel` runs and judges all of it, `metalearn -m experiment=unravel/<item>` one item (PNG and SVG),
+with `size=paper` in the paper's full size. `metalearn alpha` is the tool for your own runs."""
 
 
 class Item(NamedTuple):
@@ -37,15 +37,20 @@ class Item(NamedTuple):
 def options(parser: argparse.ArgumentParser) -> None:
     """Which experiments, in which size, and where results lie."""
     parser.add_argument("--only", nargs="+", metavar="ID", help="as fig8 table2; default all")
-    parser.add_argument("--size", metavar="NAME", help="paper for the paper's full sizes, where they differ")
-    parser.add_argument("--train", action="store_true", help="also run the experiments that train networks")
+    parser.add_argument("--size", metavar="NAME", help="paper for the paper's full sizes")
     parser.add_argument("--results", default="outputs", metavar="FOLDER", help="where results lie; default outputs")
+    parser.add_argument(
+        "--from", dest="stored", nargs="+", default=[], metavar="FOLDER", help="finished results, not run again"
+    )
     parser.add_argument("--threads", type=whole(0), default=0, metavar="N", help="of each study; 0 (default): many")
 
 
 def run(options: argparse.Namespace) -> Content:
     """Run what is missing, then draw and judge everything."""
-    items = [_item(name, options) for name in _chosen(options.only)]
+    from metalearn.results import Stored, find
+
+    stored = Stored(r for folder in options.stored for r in find(folder))
+    items = [_item(name, options, stored) for name in _chosen(options.only, options.size)]
     data = {"items": [_record(item) for item in items]}
     figures = {k: f for item in items if item.shown for k, f in item.shown.figures.items()}
     parts = ["# Unraveling MAML via the adaptation learning rate", INTRODUCTION, _table(items), _count(items)]
@@ -53,21 +58,25 @@ def run(options: argparse.Namespace) -> Content:
     return Content("\n\n".join(parts), data, figures)
 
 
-def _chosen(only: list[str] | None) -> list[str]:
+def _chosen(only: list[str] | None, size: str | None) -> list[str]:
     """Ids of the paper's experiments that show something, in the order of its figures.
 
     Raises:
-        BadInput: for one that is not there.
+        BadInput: for one that is not there, or a size that one of them does not have.
     """
     from metalearn import shown
-    from metalearn.composing import members
+    from metalearn.composing import members, preset
     from metalearn.schema import BadInput, nearest
 
     there = [m.partition("/")[2] for m in members("experiment") if m.startswith(f"{PAPER}/")]
     for name in only or ():
         if name not in there:
             raise BadInput(f"--only {name}: must be one of {', '.join(there)}{nearest(name, there)}")
-    return sorted((n for n in only or there if shown.module_of(f"{PAPER}/{n}")), key=_place)
+    found = sorted((n for n in only or there if shown.module_of(f"{PAPER}/{n}")), key=_place)
+    for name in found:
+        if size is not None and size not in (sizes := preset(f"{PAPER}/{name}", "sizes") or {}):
+            raise BadInput(f"--size {size}: {name} has {', '.join(sizes) or 'one size'}{nearest(size, list(sizes))}")
+    return found
 
 
 def _place(name: str) -> tuple[str, int, str]:
@@ -76,27 +85,22 @@ def _place(name: str) -> tuple[str, int, str]:
     return kind, int(number or 0), panel
 
 
-def _item(name: str, options: argparse.Namespace) -> Item:
-    from metalearn import cli, composing, shown
-    from metalearn.ledger import CellDir
-    from metalearn.results import Result
+def _item(name: str, options: argparse.Namespace, stored: Stored) -> Item:
+    from metalearn import cli, shown
     from metalearn.schema import is_study
 
     experiment = f"{PAPER}/{name}"
     words = [f"experiment={experiment}", f"output_dir={options.results}", "logger=none"]
-    if options.size in (composing.preset(experiment, "sizes") or {}):
-        words.append(f"size={options.size}")
+    words += [f"size={options.size}"] if options.size else []
     found = cells_of(words)
-    studies = is_study(found[0].config)
-    if studies:
+    if is_study(found[0].config):
         found = cells_of([*words, f"seed={options.seed}", f"study.threads={options.threads}"])
-    runnable = [c for c in found if c.problem is None]
-    if (studies or options.train) and any(_result(c) is None for c in runnable):
-        print(f"{experiment}: running", file=sys.stderr, flush=True)
+    wanting = [c for c in found if c.problem is None and _result(c, stored) is None]
+    if wanting:
+        print(f"{experiment}: running {len(wanting)} cells", file=sys.stderr, flush=True)
         with contextlib.redirect_stdout(sys.stderr):
-            cli.work([c.overrides for c in runnable], [])
-    directories = [CellDir(c.config["output_dir"], c.cell_id) for c in runnable]
-    results = [Result(d.path, data) for d in directories if (data := d.result) is not None]
+            cli.work([c.overrides for c in wanting], [])
+    results = [r for c in found if (r := _result(c, stored)) is not None]
     module = shown.module_of(experiment)
     content = shown.show(experiment, module, results) if module and results else None
     return Item(name, content, len(found) - len(results))
@@ -109,17 +113,25 @@ def cells_of(words: list[str]) -> list[Cell]:
     return cells.expand(words, tolerant=True)
 
 
-def _result(cell: Cell) -> dict[str, Any] | None:
+def _result(cell: Cell, stored: Stored) -> Result | None:
+    """The result of a cell under `--results`, or a stored one."""
     from metalearn.ledger import CellDir
+    from metalearn.results import Result
 
-    return CellDir(cell.config["output_dir"], cell.cell_id).result
+    directory = CellDir(cell.config["output_dir"], cell.cell_id)
+    if cell.problem is None and (data := directory.result) is not None:
+        return Result(directory.path, data)
+    return stored.of(cell.config)
 
 
 def _table(items: list[Item]) -> str:
-    from metalearn.shown import VERDICTS
+    from metalearn.shown import OURS, VERDICTS
 
     rows = [
-        [word.replace("|", "\\|") for word in (item.name, f.claim, f.criterion, f.measured, VERDICTS[f.holds])]
+        [
+            word.replace("|", "\\|")
+            for word in (item.name, f.claim + OURS * f.ours, f.criterion, f.measured, VERDICTS[f.holds])
+        ]
         for item in items
         if item.shown
         for f in item.shown.findings
@@ -129,12 +141,15 @@ def _table(items: list[Item]) -> str:
 
 
 def _count(items: list[Item]) -> str:
-    verdicts = [f.holds for item in items if item.shown for f in item.shown.findings]
-    return (
-        f"{verdicts.count(True)} of {len(verdicts)} claims hold as judged, {verdicts.count(False)} do not, "
-        f"{verdicts.count(None)} are undecided. Some claims are ours: a second reading of the paper's, or the same "
-        "with other constants, beside its own."
-    )
+    found = [f for item in items if item.shown for f in item.shown.findings]
+    counts = []
+    for whose, own in (("the paper's", False), ("our further", True)):
+        verdicts = [f.holds for f in found if f.ours == own]
+        counts.append(
+            f"Of {len(verdicts)} of {whose} claims {verdicts.count(True)} hold as judged, {verdicts.count(False)} do "
+            f"not, {verdicts.count(None)} are undecided."
+        )
+    return " ".join([*counts, "Ours are second readings of the paper's, or the same with other constants."])
 
 
 def _section(item: Item) -> str:
@@ -143,7 +158,7 @@ def _section(item: Item) -> str:
     title, figures = item.shown.title, item.shown.figures
     parts = [f"## {title}", f"`metalearn -m experiment={PAPER}/{item.name}`"]
     parts += [f"![{title}]({name}.png)" for name in figures]
-    lines = [f"- {note[0].upper()}{note[1:]}" for note in item.shown.notes]
+    lines = [f"- {note}" for note in item.shown.notes]
     return "\n\n".join([*parts, *(["\n".join(lines)] if lines else [])])
 
 
