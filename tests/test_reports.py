@@ -108,13 +108,6 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     """Claims with their verdicts; a second call computes nothing, and training is not begun unasked."""
     from metalearn import cli
 
-    small = ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]")
-    plain = reports.load("unravel").cells_of
-
-    def cells_of(words):
-        return plain([*words, *(small if "corollary1" in words[0] else ())])
-
-    monkeypatch.setattr(reports.load("unravel"), "cells_of", cells_of)
     call = ("unravel", "--only", "corollary1", "--results", str(tmp_path / "results"), "--threads", "1")
     data, text, _ = report(*call)
     found = [row for row in rows(text) if len(row) == 5][1:]

@@ -1,9 +1,11 @@
 """Every experiment on the adaptation learning rate that is a study: runs small, draws, and judges what it should."""
 
 from collections import Counter
+from math import comb
 
 import pytest
 import torch
+from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 
 from metalearn import shown, studies
@@ -22,11 +24,11 @@ from metalearn.tables import command
 from metalearn.tables.compare import values
 from metalearn.tables.definition import load
 from metalearn.theory import alpha_star, designs
-from metalearn.unravel import fig2, fig4b, table2
+from metalearn.unravel import corollary1, fig2, fig4b, table2
 
 PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
-    "corollary1": ("study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"),
+    "corollary1": (),
     "fig11": ("study.runs=20", "study.points=21"),
     "fig5": ("study.tasks=20", "study.new_tasks=50", "study.repetitions=10", "study.steps=[0,1,10,1000,30000]"),
     "fig1": PATHS,
@@ -82,14 +84,74 @@ def test_an_experiment_is_drawn_with_labels_and_judged(shows, name, tmp_path):
         assert file.stat().st_size > 2000
 
 
+# ---- Corollary 1 -------------------------------------------------------------------------------------------------
+
+
+def polynomial_traces(samples, deviation):
+    """tr E[G], tr E[G^2], tr E[G^3] of (1, x, ..., x^4), x ~ N(0, s^2).
+
+    For up to three samples by Gauss-Hermite quadrature over all of them, exact to x^25. In K these are polynomials of
+    degree p that vanish at 0, which three values determine.
+    """
+    nodes, weights = (torch.from_numpy(v) for v in hermegauss(13))
+    few = []
+    for k in (1, 2, 3):
+        x = torch.cartesian_prod(*[deviation * nodes] * k).view(-1, k, 1)
+        chances = torch.cartesian_prod(*[weights / weights.sum()] * k).view(-1, k).prod(1)
+        phi = x ** torch.arange(5)
+        g = phi.mT @ phi
+        few.append([float(chances @ torch.linalg.matrix_power(g, p).diagonal(0, 1, 2).sum(1)) for p in (1, 2, 3)])
+    differences = [(a, b - 2 * a, c - 3 * b + 3 * a) for a, b, c in zip(*few, strict=True)]
+    return [sum(comb(samples, j + 1) * v for j, v in enumerate(own)) for own in differences]
+
+
+def test_corollary_1_is_judged_by_exact_numbers(shows):
+    """Polynomials against quadrature, Gaussian features against the closed form, a shared design against its powers."""
+    _, (result,) = shows("corollary1")
+    for k in (1, 10, 50, 1000):
+        for s in (1, 2):
+            first, second, third = polynomial_traces(k, s)
+            where, variance = f"K={k},d=5,design=polynomial_s{s}", first / k
+            assert shown.scalar(result, f"alpha_lim@{where}")[0] == pytest.approx(k * second / (2 * third), rel=1e-9)
+            assert shown.scalar(result, f"lower@{where}")[0] == pytest.approx(1 / (10 * variance), rel=1e-9)
+            assert shown.scalar(result, f"upper@{where}")[0] == pytest.approx(5 / (2 * variance), rel=1e-9)
+    value, lower, upper = (shown.scalar(result, f"{m}@K=50,d=20,design=gaussian")[0] for m in BOUNDED)
+    assert (value, lower, upper) == (pytest.approx(0.29032, abs=5e-6), 1 / 800, 1 / 2)
+    for k in (1, 10, 50, 1000):
+        value, lower, upper = (shown.scalar(result, f"{m}@K={k},d=1,design=fixed")[0] for m in BOUNDED)
+        assert value == pytest.approx(lower) == pytest.approx(upper)  # of one number: K / (2 G)
+        value, lower, upper = (shown.scalar(result, f"{m}@K={k},d=20,design=fixed")[0] for m in BOUNDED)
+        assert upper == pytest.approx(400 * lower) and 20 * lower <= value * (1 + 1e-9) < upper
+
+
+BOUNDED = ("alpha_lim", "lower", "upper")
+
+
 def test_corollary_1_lower_bound_fails_for_random_designs_alone(shows):
-    """One Gaussian feature: alpha*_lim = K / (2 (K + 4)), below the bound 1/2."""
+    """One Gaussian feature: alpha*_lim = K / (2 (K + 4)), below 1/2; polynomials: 248 and 286 times at K = 1."""
     content, (result,) = shows("corollary1")
     upper, fixed, random = content.findings
     assert (upper.holds, fixed.holds, random.holds) == (True, True, False)
-    value, half = shown.scalar(result, "alpha_lim@K=10,d=1,design=gaussian")
-    assert abs(value - 10 / 28) < 2 * half < 0.15
-    assert shown.scalar(result, "lower@K=10,d=1,design=gaussian")[0] > value + half
+    assert shown.scalar(result, "alpha_lim@K=10,d=1,design=gaussian")[0] == pytest.approx(10 / 28)
+    found = {(k, s): shown.scalar(result, f"lower_over_alpha@K={k},d=5,design=polynomial_s{s}")[0]
+             for k in (1, 10, 50, 1000) for s in (1, 2)}  # fmt: skip
+    assert all(245 < found[1, s] < 290 and 4 < found[50, s] < found[10, s] < 28 and found[1000, s] < 1 for s in (1, 2))
+    assert shown.scalar(result, "lower_over_alpha")[0] == found[1, 2] == max(found.values())
+    assert "kept in 10 of 20 designs" in random.measured
+    assert "polynomial, s = 2, K = 1, d = 5: the bound is 3.59e-06, and alpha*_lim 1.25e-08, a 286th" in random.measured
+
+
+def test_corollary_1_names_the_worst_design(shows):
+    _, (result,) = shows("corollary1")
+    other = with_means(result, {"lower K=10,d=20,design=gaussian": 1e3})
+    assert "by most for Gaussian, K = 10, d = 20: the bound is 1e+03" in corollary1.show([other]).findings[2].measured
+    broken = with_means(result, {"upper K=10,d=20,design=gaussian": 1e-3, "lower K=10,d=5,design=fixed": 1.0})
+    upper, fixed, random = corollary1.show([broken]).findings
+    assert (upper.holds, fixed.holds, random.holds) == (False, False, False)
+    assert "kept in 31 of 32 designs" in upper.measured and "for Gaussian, shared, K = 10, d = 5" in fixed.measured
+
+
+# ---- Figure 5 ----------------------------------------------------------------------------------------------------
 
 
 def test_fig5_gaps_have_their_expected_size(shows):

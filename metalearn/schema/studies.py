@@ -37,8 +37,7 @@ class Corollary1(Study):
 
     target: ClassVar[str] = "metalearn.studies.Corollary1"
 
-    tasks: int = key(2000, "tasks of each design", ge=2)
-    samples: list[int] = key([1, 10, 50], "numbers of samples K", ge=1)
+    samples: list[int] = key([1, 10, 50, 1000], "numbers of samples K", ge=1)
     widths: list[int] = key([1, 5, 20], "numbers of features d of the Gaussian designs", ge=1)
 
     @classmethod

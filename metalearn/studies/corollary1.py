@@ -2,78 +2,75 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from metalearn.random import Key
-from metalearn.studies.base import Measured, State, Study, estimate, exact
-from metalearn.theory import alpha_star
+from metalearn.studies.base import Measured, State, Study, exact
+from metalearn.theory import alpha_star, designs
 
-CHUNK = 500
-Draw = Callable[[Key, Tensor], Tensor]
-"""Features of tasks, by their indices."""
+DEVIATIONS = (1, 2)
+"""Of x in polynomials."""
+POWERS = 5
+"""Features d of polynomials."""
+
+
+class Rates(NamedTuple):
+    """alpha*_lim of one design, and the two ends that Corollary 1 gives for it."""
+
+    limit: float
+    lower: float
+    upper: float
 
 
 class Corollary1(Study):
-    """alpha*_lim with its standard error, and 1 / (2 d sigma^2), d / (2 sigma^2), sigma^2 = tr E[G] / K.
+    """alpha*_lim, 1 / (2 d sigma^2) and d / (2 sigma^2), sigma^2 = tr E[G] / K, without sampling error.
 
-    Designs: `gaussian` (i.i.d. N(0, 1) features), `polynomial` (1, x, ..., x^(d-1), x from N(0, 1) or N(0, 2^2)), and
+    Designs: `gaussian` (i.i.d. N(0, 1) features, closed form), `polynomial` (1, x, ..., x^4, x from N(0, 1) or
+    N(0, 2^2), from the moments of x: up to x^24 enters, so that sample means of any affordable size are far off), and
     `fixed` (one Gaussian design that all tasks share, for which the bounds are a theorem).
 
     Args:
-        tasks: tasks of each design.
         samples: numbers of samples K.
         widths: numbers of features d of the Gaussian designs; polynomials have five.
     """
 
     title = "Corollary 1: bounds of alpha*_lim"
 
-    def __init__(self, *, tasks: int, samples: list[int], widths: list[int]):
-        self.tasks, self.samples, self.widths = tasks, samples, widths
+    def __init__(self, *, samples: list[int], widths: list[int]):
+        self.samples, self.widths = samples, widths
 
     def measure(self, key: Key, starts: Sequence[State]) -> Iterator[Measured]:
-        """Yields for each design `alpha_lim`, `lower`, `upper`, and the share of `lower` in `alpha_lim`."""
-        found = [(where, self._measured(draw, key.sub(str(where)))) for where, draw in self._designs()]
-        ratios = [lower / value.value for _, (value, lower, _) in found]
-        yield exact("lower_over_alpha", max(ratios))
-        for (where, (value, lower, upper)), ratio in zip(found, ratios, strict=True):
-            yield estimate("alpha_lim", value.value, value.se, self.tasks, **where)
-            yield exact("lower", lower, **where)
-            yield exact("upper", upper, **where)
-            yield exact("lower_over_alpha", ratio, **where)
+        """Yields for each design `alpha_lim`, `lower`, `upper`, and `lower_over_alpha`: above 1, it is no bound."""
+        found = list(self._designs(key))
+        yield exact("lower_over_alpha", max(rates.lower / rates.limit for _, rates in found))
+        for where, rates in found:
+            yield exact("alpha_lim", rates.limit, "rate", **where)
+            yield exact("lower", rates.lower, "rate", **where)
+            yield exact("upper", rates.upper, "rate", **where)
+            yield exact("lower_over_alpha", rates.lower / rates.limit, **where)
 
-    def _designs(self) -> Iterator[tuple[dict[str, Any], Draw]]:
+    def _designs(self, key: Key) -> Iterator[tuple[dict[str, Any], Rates]]:
         for k in self.samples:
             for d in self.widths:
-                yield {"design": "gaussian", "K": k, "d": d}, partial(_gaussian, samples=k, width=d)
-                yield {"design": "fixed", "K": k, "d": d}, partial(_fixed, samples=k, width=d)
-            for s in (1, 2):
-                yield {"design": f"polynomial_s{s}", "K": k, "d": 5}, partial(_polynomial, samples=k, deviation=s)
-
-    def _measured(self, draw: Draw, key: Key) -> tuple[alpha_star.Estimate, float, float]:
-        which = torch.arange(self.tasks).split(CHUNK)
-
-        def features() -> Iterator[Tensor]:
-            return (phi for i in which for phi in draw(key, i))
-
-        bounds = alpha_star.corollary1(features())
-        return alpha_star.limit(features()), bounds.low, bounds.high
+                yield {"design": "gaussian", "K": k, "d": d}, _rates(alpha_star.gaussian_limit(k, d), d, variance=d)
+                yield {"design": "fixed", "K": k, "d": d}, _fixed(key.sub(f"{k}/{d}"), k, d)
+            for s in DEVIATIONS:
+                yield {"design": f"polynomial_s{s}", "K": k, "d": POWERS}, _polynomial(k, s)
 
 
-def _gaussian(key: Key, tasks: Tensor, *, samples: int, width: int) -> Tensor:
-    """`[T, K, d]` draws from N(0, 1), each task's own."""
-    return key.normal(samples * width, tasks).double().unflatten(1, (samples, width))
+def _rates(limit: float, width: int, variance: float) -> Rates:
+    return Rates(limit, 1 / (2 * width * variance), width / (2 * variance))
 
 
-def _fixed(key: Key, tasks: Tensor, *, samples: int, width: int) -> Tensor:
-    """The first task's, for all."""
-    return _gaussian(key, tasks.new_zeros(1), samples=samples, width=width).expand(len(tasks), -1, -1)
+def _fixed(key: Key, samples: int, width: int) -> Rates:
+    features = key.normal(samples * width, torch.zeros(1, dtype=torch.int64)).double().view(1, samples, width)
+    return Rates(alpha_star.limit(features).value, *alpha_star.corollary1(features))
 
 
-def _polynomial(key: Key, tasks: Tensor, *, samples: int, deviation: int) -> Tensor:
-    """Powers 0 to 4 of draws from N(0, deviation^2)."""
-    return (deviation * _gaussian(key, tasks, samples=samples, width=1)) ** torch.arange(5)
+def _polynomial(samples: int, deviation: float) -> Rates:
+    moments = designs.normal(0, deviation).moments(6 * (POWERS - 1))
+    first, second, third = designs.polynomial_traces(samples, POWERS, moments)
+    return _rates(samples * second / (2 * third), POWERS, first / samples)
