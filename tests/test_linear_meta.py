@@ -186,6 +186,57 @@ def test_best_alpha_of_tasks_of_one_curvature_solves_them():
     assert found == pytest.approx(6 / (2 * 1.5**2), rel=1e-6)
 
 
+def differing(tasks: int, decades: float, seed: int) -> tuple[Tensor, Tensor]:
+    scale = 10 ** (decades * torch.linspace(0, 1, tasks, dtype=torch.float64))[:, None, None]
+    return scale * normal(tasks, 5, 2, seed=seed), normal(tasks, 2, seed=seed + 1000)
+
+
+@pytest.mark.parametrize("problem", [differing(n, *rest) for n in (2, 3, 8) for rest in ((0.5, 3), (1.5, 4), (1.0, 5))])
+def test_best_alpha_is_the_best_of_all_minima(problem):
+    """Nothing on a fine grid 100 times as wide either way is better, by least squares; some have several minima."""
+    found = best_alpha(*problem)
+
+    def loss(alpha: float) -> float:
+        c, y = stacked_problem(*problem, alpha)
+        w = torch.linalg.lstsq(c, y[:, None]).solution[:, 0]
+        return float((c @ w - y).square().sum())
+
+    least = loss(found)
+    assert min(map(loss, (found * torch.logspace(-4, 4, 1201, dtype=torch.float64)).tolist())) >= least * (1 - 1e-9)
+
+
+def test_best_alpha_of_one_large_and_many_small_tasks():
+    """Thirty tasks G = 0.1 K I and one of 2 K I: the rate that solves the small ones leaves w to the large one.
+
+    There is a second minimum, 40 times as high, near the rate that solves the large one, 1 / (2 2).
+    """
+    curvatures = tensor([0.1] * 30 + [2.0])
+    features = (2 * curvatures).sqrt()[:, None, None] * torch.eye(2, dtype=torch.float64)
+    optima = normal(31, 2, seed=0)
+    assert best_alpha(features, optima) == pytest.approx(1 / (2 * 0.1), rel=1e-6)
+    moments = Moments.of(features, optima)
+    below, at, above = moments.least_risk(tensor([0.2, 0.25, 0.3])).tolist()
+    assert below > at < above and at > 40 * float(moments.least_risk(4.9))
+
+
+def test_best_alpha_of_many_curvatures_is_found_where_sums_cancel():
+    """A task of 1e4 times the curvature: at the small ones' rate, 1e-12 of the sums' terms is left of the meta-loss."""
+    curvatures = tensor([1.0] * 5 + [1e4])
+    features = (2 * curvatures).sqrt()[:, None, None] * torch.eye(2, dtype=torch.float64)
+    assert best_alpha(features, normal(6, 2, seed=0)) == pytest.approx(1 / 2, rel=1e-6)
+
+
+def test_minimiser_next_to_a_step_that_solves_all_tasks():
+    """The sums over H, H^2 and H^3 cancel: what is left of them is either right or taken for nothing, never noise."""
+    features = 1.5 * torch.linalg.qr(normal(5, 6, 4, seed=0)).Q
+    optima = normal(5, 4, seed=1)
+    for off in (1e-2, -1e-3, 1e-4, -1e-5):
+        w = minimiser(features, optima, 6 / (2 * 1.5**2) * (1 + off))
+        assert_close(w, optima.mean(0), 1e-15 / off**2 + 1e-12)
+    for off in (1e-7, -1e-8, 1e-9, 0.0):
+        assert_close(minimiser(features, optima, 6 / (2 * 1.5**2) * (1 + off)), torch.zeros(4, dtype=torch.float64))
+
+
 def test_best_alpha_tends_to_the_limit():
     """Theorem 1: |alpha*(N) - alpha*_lim| falls; the moments' limit is that of the features."""
     features, optima = tasks(2048, 12, 4)
@@ -203,6 +254,52 @@ def test_best_alpha_refuses_tasks_with_one_solution():
         best_alpha(features[:1], optima[:1])
     with pytest.raises(ValueError, match="one w solves all tasks"):
         best_alpha(features, optima[:1].expand(6, -1))
+
+
+def test_bad_tasks_are_refused():
+    """By name, and before anything is broadcast."""
+    features, optima = tasks()
+    start, empty = normal(3, seed=0), torch.zeros(6, 7, 3)
+    for given in (optima[:5], optima[:1], normal(7, 3, seed=0)):
+        for form in (features, list(features), iter(features)):
+            with pytest.raises(ValueError, match="optima"):
+                Moments.of(form, given)
+        with pytest.raises(ValueError, match=f"optima of {len(given)} tasks do not belong to 6 tasks"):
+            minimiser(features, given, 0.1)
+        with pytest.raises(ValueError, match="optima"):
+            minimiser(normal(6, 2, 30, seed=0), normal(len(given), 30, seed=1), 0.1)
+        for call in (
+            lambda a=given: best_alpha(features, a),
+            lambda a=given: task_risks(start, features, a, 0.1),
+            lambda a=given: adapted_distance(start, features, a, 0.1, 2),
+            lambda a=given: slope(features, a),
+        ):
+            with pytest.raises(ValueError, match="optima of"):
+                call()
+    with pytest.raises(ValueError, match="weights of 2 tasks do not belong to 6 tasks"):
+        Moments.of(features, optima, torch.ones(2))
+    with pytest.raises(ValueError, match="query of 1 tasks do not belong to 6 tasks"):
+        task_risks(start, features, optima, 0.1, features[:1])
+    with pytest.raises(ValueError, match=r"optima have shape \[6, 1\], not \[T, 3\]"):
+        task_risks(start, features, optima[:, :1], 0.1)
+    for call in (
+        lambda: minimiser([], optima[:0], 0.1),
+        lambda: Moments.of(iter([])),
+        lambda: gap([], [], 0.1, 0.1, 2),
+    ):
+        with pytest.raises(ValueError, match="there are no tasks"):
+            call()
+    with pytest.raises(ValueError, match="all features are zero"):
+        best_alpha(empty, optima)
+    with pytest.raises(ValueError, match="all features are zero"):
+        Moments.of(empty).limit()
+    for wide in (features, normal(6, 2, 30, seed=0)):
+        with pytest.raises(ValueError, match="not finite"):
+            minimiser(wide * math.nan, normal(6, wide.shape[2], seed=1), 0.1)
+    with pytest.raises(ValueError, match="not finite"):
+        best_alpha(features, optima * math.inf)
+    with pytest.raises(ValueError, match=r"a kernel of shape \[6, 6\] and 6 labels are not those of 5 samples"):
+        kernel_meta.coefficients(torch.eye(6), torch.ones(6), 0.1, [2, 3])
 
 
 def test_spread_is_the_covariance_of_the_minimiser():
@@ -288,6 +385,20 @@ def test_adaptation_is_explicit_gradient_descent(K):
     assert_close(adapted_distance(starts[0], features, optima, rate, [0, 3]), distance[[0, 3], 0])
 
 
+def test_adaptation_on_few_dependent_samples():
+    """Three samples of rank one in five features: the kernel's zero eigenvalues are rounding, and no directions."""
+    features, optima, start = (
+        normal(40, 3, 1, seed=0) @ normal(40, 1, 5, seed=1),
+        normal(40, 5, seed=2),
+        normal(5, seed=3),
+    )
+    h = features.mT @ features / 3
+    step = torch.eye(5, dtype=torch.float64) - 0.02 * h
+    moved = torch.linalg.matrix_power(step, 3) @ (start - optima)[..., None]
+    assert_close(adapted_distance(start, features, optima, 0.01, [3])[0], moved.square().sum((1, 2)), 1e-11)
+    assert_close(adapted_loss(start, features, optima, 0.01, [3])[0], (moved.mT @ h @ moved)[:, 0, 0], 1e-11)
+
+
 def test_distances_to_zero_optima_are_enough_for_differences():
     """The mean over an optimum and its opposite."""
     features, optima = tasks(4)
@@ -350,6 +461,40 @@ def test_wide_minimisers_where_a_step_is_singular():
     assert float((w - minimiser(features, optima, 0.0)).norm()) > 0.1
 
 
+def test_wide_minimisers_of_tasks_with_shared_rows_and_different_sizes():
+    """Dependent rows cannot all be fitted, so that each weighs 1 / K: by hand, stacked, and in as few features as rows.
+
+    In the first direction one task of one sample wants 1, one of two samples -1: (1 - 1 / 2) / (1 + 1 / 2) = 1 / 3.
+    """
+    eye = torch.eye(6, dtype=torch.float64)
+    features, optima = [eye[:1], eye[:2]], torch.zeros(2, 6, dtype=torch.float64)
+    optima[0, 0], optima[1, 0], optima[1, 1] = 1, -1, 2
+    assert_close(minimiser(features, optima, 0.0), tensor([1 / 3, 2, 0, 0, 0, 0]))
+    assert float(risk(minimiser(features, optima, 0.0), [f[:1] for f in features], optima, 0.0)) == pytest.approx(
+        10 / 9
+    )
+    mixed = [normal(k, 3, seed=k) @ normal(3, 12, seed=0) for k in (1, 4, 2, 3)]  # 10 rows of rank 3
+    for problem in ((features, optima), (mixed, normal(4, 12, seed=1))):
+        psi = torch.cat(problem[0])
+        shape = torch.linalg.qr(psi.mT).Q  # as many directions as rows: the same tasks, and no wide ones
+        narrow = [phi @ shape for phi in problem[0]], problem[1] @ shape
+        for alpha in (0.0, 0.02, 0.3):
+            c, y = stacked_problem(*problem, alpha)
+            w = minimiser(*problem, alpha)
+            assert_close(w, torch.linalg.pinv(c, rtol=1e-8) @ y, 1e-8)
+            assert_close(w, minimiser(*narrow, alpha) @ shape.mT, 1e-8)
+
+
+def test_wide_minimisers_interpolate_next_to_a_singular_step():
+    """What a step shrinks to 1e-4 is still there: D k D has an eigenvalue of 1e-8 of the largest."""
+    features, optima = wide()
+    y = torch.einsum("nkd,nd->nk", features, optima).flatten()
+    value = torch.linalg.eigvalsh(features[0] @ features[0].mT)[-1]
+    for shrunk in (1e-3, 1e-4):
+        w = minimiser(features, optima, float(4 / (2 * value)) * (1 + shrunk))
+        assert_close(w, torch.linalg.pinv(features.flatten(0, 1)) @ y, 1e-5)
+
+
 def test_kernel_coefficients_predict_what_the_weights_do():
     features, optima = wide()
     psi, x = features.flatten(0, 1), normal(5, 20, seed=4)
@@ -374,14 +519,3 @@ def test_kernel_adaptation_is_gradient_descent_on_the_weights(steps):
                 w = w - alpha * 2 / 4 * phi[t].mT @ (phi[t] @ w - y[t])
             assert_close(own[i, t], (phi[t] @ w - y[t]).square().mean(), 1e-11)
             assert_close(other[i, t], (psi[t] @ w - z[t]).square().mean(), 1e-11)
-
-
-def test_kernel_best_alpha_is_where_the_mean_loss_is_least():
-    phi, psi = normal(8, 4, 20, seed=0), normal(8, 6, 20, seed=1)
-    a, start = normal(8, 20, 1, seed=2), normal(20, 1, seed=4)
-    residual, fresh = (phi @ (start - a))[..., 0], ((psi @ (start - a))[..., 0], psi @ phi.mT)
-    for query in (None, fresh):
-        best = kernel_meta.best_alpha(residual, phi @ phi.mT, query)
-        grid = torch.linspace(0, 3 * best.value, 301, dtype=torch.float64)
-        losses = kernel_meta.adapted_loss(residual, phi @ phi.mT, grid, 1, query).mean(1)
-        assert int(losses.argmin()) == 100 and 0 < best.se < best.value

@@ -23,10 +23,9 @@ from torch import Generator, Tensor
 
 from metalearn.theory.alpha_star import gaussian_split
 from metalearn.theory.stacks import tasks_at_once
+from metalearn.theory.symmetric import inverse
 
 Rate = float | Tensor
-SINGULAR = 1e-12
-"""Eigenvalues of normal equations below this share of the largest are zero."""
 
 
 @dataclass(frozen=True)
@@ -91,9 +90,9 @@ def minimiser(tasks: Tasks, alpha: Rate) -> Tensor:
     if b.shape[1] >= b.shape[2]:
         gram = b.mT @ b - rate * (b.mT @ b_step + b_step.mT @ b) + rate**2 * (b_step.mT @ b_step)
         right = b.mT @ c - rate * (b.mT @ c_step + b_step.mT @ c) + rate**2 * (b_step.mT @ c_step)
-        return (_inverse(gram) @ right)[..., 0]
+        return (inverse(gram) @ right)[..., 0]
     gram = b @ b.mT - rate * (b @ b_step.mT + b_step @ b.mT) + rate**2 * (b_step @ b_step.mT)
-    dual = _inverse(gram) @ (c - rate * c_step)
+    dual = inverse(gram) @ (c - rate * c_step)
     return (b.mT @ dual - rate * (b_step.mT @ dual))[..., 0]
 
 
@@ -192,7 +191,3 @@ def _draw(setting: Setting, shape: tuple[int, int], support: int, query: int, ge
         return Samples(x, (x @ w[..., None])[..., 0] + setting.noise * randn(n))
 
     return Tasks(samples(support), samples(query))
-
-
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix, rtol=SINGULAR, hermitian=True)

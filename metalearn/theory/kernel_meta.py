@@ -19,10 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from metalearn.theory.alpha_star import Estimate, Terms
-
-SINGULAR = 1e-12
-"""Eigenvalues below this share of the largest are zero."""
+from metalearn.theory.symmetric import inverse, largest
 
 
 def coefficients(kernel: Tensor, labels: Tensor, alpha: float | Tensor, sizes: Sequence[int]) -> Tensor:
@@ -36,17 +33,26 @@ def coefficients(kernel: Tensor, labels: Tensor, alpha: float | Tensor, sizes: S
 
     Returns:
         `[A, n]` float64.
+
+    Raises:
+        ValueError: if the sizes are not those of the kernel and the labels, or anything is not finite.
     """
     k, y = kernel.double(), labels.double()
     rates = torch.as_tensor(alpha, dtype=k.dtype, device=k.device)
+    if k.shape != (sum(sizes), sum(sizes)) or y.shape != k.shape[:1]:
+        shapes = f"a kernel of shape {list(k.shape)} and {len(y)} labels"
+        raise ValueError(f"{shapes} are not those of {sum(sizes)} samples")
+    if not bool(k.isfinite().all() and y.isfinite().all()):
+        raise ValueError("the kernel or the labels are not finite")
     own, count = torch.zeros_like(k), torch.ones_like(y)
     for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
         block = slice(end - size, end)
         own[block, block], count[block] = k[block, block], size
-    found = []
+    unit = count.rsqrt()[:, None]
+    found, unadapted = [], largest(unit * k * unit.mT)
     for rate in rates.flatten().unbind():  # one n x n inverse at a time
-        d = torch.eye(len(k), dtype=k.dtype, device=k.device) - 2 * rate * own / count[:, None]
-        found.append(d.mT @ (torch.linalg.pinv(d @ k @ d.mT, rtol=SINGULAR, hermitian=True) @ (d @ y)))
+        d = unit * (torch.eye(len(k), dtype=k.dtype, device=k.device) - 2 * rate * own / count[:, None])
+        found.append(d.mT @ (inverse(d @ k @ d.mT, unadapted) @ (d @ y)))
     return torch.stack(found).view(*rates.shape, len(y))
 
 
@@ -88,11 +94,3 @@ def adapted_loss(
 ) -> Tensor:
     """Mean squared error of each task after adaptation, `[A, T]`; arguments as of `adapted_residual`."""
     return adapted_residual(residual, kernel, alpha, steps, query).square().mean(-1)
-
-
-def best_alpha(residual: Tensor, kernel: Tensor, query: tuple[Tensor, Tensor] | None = None) -> Estimate:
-    """The rate whose mean loss over tasks after one step is least, exactly: that loss is a parabola in alpha."""
-    start = adapted_residual(residual, kernel, 0.0, 1, query)
-    change = start - adapted_residual(residual, kernel, 1.0, 1, query)
-    values = torch.stack([(start * change).mean(-1), change.square().mean(-1)], -1)
-    return Terms(values, lambda sums: sums[..., 0] / sums[..., 1]).estimate()

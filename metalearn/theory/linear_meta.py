@@ -28,11 +28,14 @@ from torch import Tensor
 
 from metalearn.theory import kernel_meta
 from metalearn.theory.alpha_star import Interval
-from metalearn.theory.stacks import Features, ranges
+from metalearn.theory.stacks import Features, ranges, stacks, tasks_at_once
+from metalearn.theory.symmetric import SINGULAR, inverse, largest
 
 Rate = float | Tensor
-SINGULAR = 1e-12
-"""Eigenvalues below this share of the largest are zero, where a minimiser is not unique."""
+STEP = 1.05
+"""Ratio of neighbours in the grid on which the best rate is looked for."""
+RESOLVED = 1e-9
+"""Sums over tasks are not relied on for a risk that is a smaller share of their terms."""
 
 
 class Moments(NamedTuple):
@@ -50,17 +53,22 @@ class Moments(NamedTuple):
     def of(
         cls, features: Features, optima: Tensor | None = None, weights: Tensor | None = None, powers: int = 3
     ) -> Moments:
-        """Of tasks with these optima `[N, d]` (all zero, if None), each counted `weights[i]` times."""
+        """Of tasks with these optima `[N, d]` (all zero, if None), each counted `weights[i]` times.
+
+        Raises:
+            ValueError: if there are no tasks, other numbers of optima or weights, or anything is not finite.
+        """
         found: list[Tensor] | None = None
         count = 0.0
-        for own, phi in ranges(features, 2 * _shape(features)[1] ** 2):
-            a = phi.new_zeros(len(phi), phi.shape[2]) if optima is None else optima[own].to(phi)
+        for own, phi in ranges(features, 2 * _shape(features)[1] ** 2, optima=optima, weights=weights):
+            a = _rows(optima, own, phi)
             weight = phi.new_ones(len(phi)) if weights is None else weights[own].to(phi)
             sums = _power_sums(phi.mT @ phi / phi.shape[1], a, weight, powers)
             found = sums if found is None else [x + y for x, y in zip(found, sums, strict=True)]
             count += float(weight.sum())
-        if found is None:
-            raise ValueError("there are no tasks")
+        assert found is not None  # `ranges` refuses no tasks
+        if not all(bool(sums.isfinite().all()) for sums in found):
+            raise ValueError("features, optima or weights are not finite")
         return cls(found[0], found[1], found[2], count)
 
     def plus(self, other: Moments) -> Moments:
@@ -77,9 +85,16 @@ class Moments(NamedTuple):
         return torch.einsum("...p,pij->...ij", _weights(alpha, self.matrices), self.matrices[:3])
 
     def minimiser(self, alpha: Rate) -> Tensor:
-        """w_m(alpha) `[A, d]`, the one of least norm where there are several."""
+        """w_m(alpha) `[A, d]`, the one of least norm where there are several.
+
+        A direction of which a step leaves less than 1e-6 (`SINGULAR` of its curvature) counts as one without curvature.
+        """
         vector = torch.einsum("...p,pi->...i", _weights(alpha, self.matrices), self.vectors[:3])
-        return (_inverse(self.matrix(alpha)) @ vector[..., None])[..., 0]
+        return (self.inverse(alpha) @ vector[..., None])[..., 0]
+
+    def inverse(self, alpha: Rate) -> Tensor:
+        """Pseudo-inverse of `matrix`, `[A, d, d]`; its terms H, -4 alpha H^2 and 4 alpha^2 H^3 may cancel."""
+        return inverse(self.matrix(alpha), _weights(alpha, self.matrices).abs() @ largest(self.matrices[:3]))
 
     def slope(self, alpha: Rate = 0.0) -> Tensor:
         """d w_m / d alpha `[A, d]`; at 0 it is (sum G_i)^-1 sum_j 4 / K G_j^2 (w_r - a_j)."""
@@ -88,7 +103,7 @@ class Moments(NamedTuple):
         w = self.minimiser(at)
         moved = torch.einsum("...p,pij,...j->...i", change, self.matrices[:3], w)
         right = torch.einsum("...p,pi->...i", change, self.vectors[:3]) - moved
-        return (_inverse(self.matrix(at)) @ right[..., None])[..., 0]
+        return (self.inverse(at) @ right[..., None])[..., 0]
 
     def risk(self, w: Tensor, alpha: Rate) -> Tensor:
         """L(w, alpha), mean over tasks: `[A]` for w `[A, d]`."""
@@ -101,35 +116,20 @@ class Moments(NamedTuple):
         """min_w L(w, alpha): `[A]`."""
         return self.risk(self.minimiser(alpha), alpha)
 
+    def solved(self) -> bool:
+        """Whether one w solves all tasks, so that every rate is as good as any other."""
+        return float(self.least_risk(0.0)) <= SINGULAR * float(self.scalars[0]) / self.tasks
+
     def limit(self) -> float:
-        """`alpha_star.limit` of these tasks."""
-        second, third = (float(torch.trace(self.matrices[p])) for p in (1, 2))
-        return second / (2 * third)
-
-    def best_alpha(self, points: int = 61) -> float:
-        """alpha*(N, K) = argmin_alpha min_w L(w, alpha): the best of a grid, then a bracketed search (section H.3).
-
-        L falls in alpha at 0 for any w that does not solve all tasks, so the search goes from 0 up.
+        """`alpha_star.limit` of these tasks.
 
         Raises:
-            ValueError: if one w solves all tasks, and every rate is as good.
+            ValueError: if all features are zero.
         """
-        high = 3 * self.limit()
-        for _ in range(20):
-            grid = torch.linspace(0, high, points, dtype=torch.float64)
-            risks = self.least_risk(grid.to(self.matrices.device))
-            if float(risks[0]) <= 1e-12 * float(self.scalars[0].abs()) / self.tasks:
-                raise ValueError("one w solves all tasks: no adaptation rate is better than another")
-            best = int(risks.argmin())
-            if best < points - 1:
-                ends = float(grid[max(best - 1, 0)]), float(grid[best + 1])
-                tolerance = 1e-9 * high
-                found = minimize_scalar(
-                    lambda a: float(self.least_risk(a)), bounds=ends, method="bounded", options={"xatol": tolerance}
-                )
-                return float(found.x)
-            high *= 2
-        raise ValueError(f"the meta-loss still falls at alpha = {high:g}")
+        second, third = (float(torch.trace(self.matrices[p])) for p in (1, 2))
+        if not third > 0:
+            raise ValueError("all features are zero: there is no best adaptation rate")
+        return second / (2 * third)
 
 
 def minimiser(features: Features, optima: Tensor, alpha: Rate) -> Tensor:
@@ -144,11 +144,15 @@ def minimiser(features: Features, optima: Tensor, alpha: Rate) -> Tensor:
         alpha: a number or any tensor of rates.
     """
     tasks = features if isinstance(features, Tensor) else list(features)
-    if sum(len(phi) for phi in tasks) >= tasks[0].shape[1]:
+    if sum(map(len, tasks)) >= optima.shape[-1]:
         return Moments.of(tasks, optima).minimiser(alpha)
-    psi = torch.cat([phi.detach().double() for phi in tasks])
-    labels = torch.cat([phi.detach().double() @ a.to(psi) for phi, a in zip(tasks, optima, strict=True)])
-    return kernel_meta.coefficients(psi @ psi.mT, labels, alpha, [len(phi) for phi in tasks]) @ psi
+    psi: list[Tensor] = []
+    labels: list[Tensor] = []
+    for own, phi in ranges(tasks, optima=optima):
+        psi += phi
+        labels += torch.einsum("tkd,td->tk", phi, _rows(optima, own, phi))
+    flat = torch.cat(psi)
+    return kernel_meta.coefficients(flat @ flat.mT, torch.cat(labels), alpha, [*map(len, psi)]) @ flat
 
 
 def slope(features: Features, optima: Tensor, alpha: Rate = 0.0) -> Tensor:
@@ -157,8 +161,65 @@ def slope(features: Features, optima: Tensor, alpha: Rate = 0.0) -> Tensor:
 
 
 def best_alpha(features: Features, optima: Tensor) -> float:
-    """alpha*(N, K) of these tasks; see `Moments.best_alpha`."""
-    return Moments.of(features, optima).best_alpha()
+    """alpha*(N, K) = argmin_alpha min_w L(w, alpha): a grid, then a search around each of its minima (section H.3).
+
+    For any w the best rate is a mean of K / (2 l) over eigenvalues l of the tasks' G, so that the grid need only go
+    from the least to the largest of these. Between them there may be several minima, if tasks curve differently: each
+    kind has a rate that solves it in one step.
+
+    Raises:
+        ValueError: if one w solves all tasks, and every rate is as good; and as `Moments.of`.
+    """
+    tasks = features if isinstance(features, Tensor) else list(features)
+    moments = Moments.of(tasks, optima)
+    ends = _best_rates(tasks)
+    if moments.solved():
+        raise ValueError("one w solves all tasks: no adaptation rate is better than another")
+    low, high = ends.low / STEP, ends.high * STEP
+    grid = torch.logspace(0, 1, math.ceil(math.log(high / low) / math.log(STEP)) + 1, high / low, dtype=torch.float64)
+
+    def loss(alpha: Tensor) -> Tensor:
+        return torch.cat([_least_risk(moments, tasks, optima, part) for part in alpha.split(fit)])
+
+    fit = tasks_at_once(4 * moments.matrices[0].numel())
+    rates = low * grid.to(moments.matrices.device)
+    losses = loss(rates)
+    found = [(float(x), float(a)) for x, a in zip(losses, rates, strict=True)]
+    for i in range(1, len(rates) - 1):
+        if losses[i] <= losses[i - 1] and losses[i] <= losses[i + 1]:
+            near = minimize_scalar(
+                lambda a: float(loss(rates.new_tensor([a]))),
+                bounds=(float(rates[i - 1]), float(rates[i + 1])),
+                method="bounded",
+                options={"xatol": 1e-9 * float(rates[i])},
+            )
+            found.append((float(near.fun), float(near.x)))
+    return min(found)[1]
+
+
+def _best_rates(features: Features) -> Interval:
+    """The least and the largest K / (2 l) over all positive eigenvalues l of all tasks' G."""
+    low, high = math.inf, 0.0
+    for phi in stacks(features):
+        values = _spectrum(phi)[0]
+        top = values[:, -1]
+        seen = values[(values > SINGULAR * top[:, None]) & (values > 0)]
+        if len(seen):
+            low, high = min(low, 1 / (2 * float(seen.max()))), max(high, 1 / (2 * float(seen.min())))
+    if not high:
+        raise ValueError("all features are zero: there is no best adaptation rate")
+    return Interval(low, high)
+
+
+def _least_risk(moments: Moments, features: Features, optima: Tensor, alpha: Tensor) -> Tensor:
+    """min_w L(w, alpha) for rates `[A]`, from the tasks themselves where too little is left of the sums over them."""
+    w = moments.minimiser(alpha)
+    found = moments.risk(w, alpha)
+    terms = _weights(alpha, moments.matrices).abs() @ moments.scalars[:3] / moments.tasks
+    rough = ~(found > RESOLVED * terms)
+    if rough.any():
+        found[rough] = risk(w[rough], features, optima, alpha[rough])
+    return found
 
 
 def task_risks(w: Tensor, features: Features, optima: Tensor, alpha: Rate, query: Tensor | None = None) -> Tensor:
@@ -173,8 +234,8 @@ def task_risks(w: Tensor, features: Features, optima: Tensor, alpha: Rate, query
     """
     rate = torch.as_tensor(alpha, dtype=torch.float64, device=w.device)[..., None, None]
     found = []
-    for own, phi in ranges(features, rate.numel() * sum(_shape(features))):
-        v = w.double().unsqueeze(-2) - optima[own].to(phi)
+    for own, phi in ranges(features, rate.numel() * sum(_shape(features)), optima=optima, query=query):
+        v = w.double().unsqueeze(-2) - _rows(optima, own, phi)
         step = torch.einsum("tkd,...tk->...td", phi, torch.einsum("tkd,...td->...tk", phi, v)) / phi.shape[1]
         judged = phi if query is None else query[own].to(phi)
         found.append(torch.einsum("tkd,...td->...tk", judged, v - 2 * rate * step).square().mean(-1))
@@ -198,8 +259,8 @@ def spread(features: Features, alpha: Rate) -> Tensor:
     rate = 2 * torch.as_tensor(alpha, dtype=torch.float64, device=moments.matrices.device)
     binomial = torch.stack([rate**0, -4 * rate, 6 * rate**2, -4 * rate**3, rate**4], -1)
     squares = torch.einsum("...p,pij->...ij", binomial, moments.matrices[1:])
-    inverse = _inverse(moments.matrix(alpha))
-    return inverse @ squares @ inverse
+    inverted = moments.inverse(alpha)
+    return inverted @ squares @ inverted
 
 
 def population_risk(features: Features, fresh: Features, alpha: Rate, variance: float = 1.0) -> Tensor:
@@ -313,8 +374,8 @@ def _adapted(
     start: Tensor, features: Features, optima: Tensor | None, rate: float, steps: int | Sequence[int], *, loss: bool
 ) -> Tensor:
     counts, found = _counts(steps), []
-    for own, phi in ranges(features, len(counts) * sum(_shape(features))):
-        v = start.to(phi).unsqueeze(-2) - (phi.new_zeros(len(phi), 1) if optima is None else optima[own].to(phi))
+    for own, phi in ranges(features, len(counts) * sum(_shape(features)), optima=optima):
+        v = start.to(phi).unsqueeze(-2) - _rows(optima, own, phi)
         values, axes = _spectrum(phi)
         squares = torch.einsum("tmd,...td->...tm", axes, v).square()
         total = None if axes.shape[1] == axes.shape[2] else v.square().sum(-1)
@@ -381,8 +442,13 @@ def _weights(alpha: Rate, like: Tensor) -> Tensor:
     return torch.stack([torch.ones_like(rate), -4 * rate, 4 * rate**2], -1)
 
 
-def _inverse(matrix: Tensor) -> Tensor:
-    return torch.linalg.pinv(matrix, rtol=SINGULAR, hermitian=True)
+def _rows(optima: Tensor | None, own: slice, phi: Tensor) -> Tensor:
+    """Those optima, `[t, d]`; zeros for None."""
+    if optima is None:
+        return phi.new_zeros(len(phi), phi.shape[2])
+    if optima.shape[1:] != phi.shape[2:]:
+        raise ValueError(f"optima have shape {list(optima.shape)}, not [T, {phi.shape[2]}]")
+    return optima[own].to(phi)
 
 
 def _shape(features: Features) -> tuple[int, int]:

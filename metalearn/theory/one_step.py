@@ -20,6 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from metalearn.theory.symmetric import inverse
+
 
 class Directions(NamedTuple):
     """Leading eigenvectors of the kernel Psi Psi^T of all samples: `vectors` `[n, r]`, `values` `[r]`, descending.
@@ -78,14 +80,10 @@ class OneStep(NamedTuple):
         return torch.stack(found)
 
 
-SINGULAR = 1e-12
-"""Eigenvalues below this share of the largest are zero."""
-
-
 def _solved(matrix: Tensor, right: Tensor) -> Tensor:
     """The shortest solution of a symmetric system; by Cholesky where it is far from singular."""
     factor, failed = torch.linalg.cholesky_ex(matrix)
     diagonal = factor.diagonal()
     if not failed and float((diagonal.min() / diagonal.max()) ** 2) > 1e-9:
         return torch.cholesky_solve(right[:, None], factor)[:, 0]
-    return torch.linalg.pinv(matrix, rtol=SINGULAR, hermitian=True) @ right
+    return inverse(matrix) @ right

@@ -42,18 +42,47 @@ def pairs(first: Features, second: Features) -> Iterator[tuple[Tensor, Tensor]]:
     """`stacks` of two, in step.
 
     Raises:
-        ValueError: if one has more tasks.
+        ValueError: if one has more tasks, or other features.
     """
     tasks = 1
     if isinstance(first, Tensor) and isinstance(second, Tensor):
+        if len(first) != len(second):
+            raise ValueError(f"one set of features has {len(first)} tasks, the other {len(second)}")
         tasks = tasks_at_once(first[:1].numel() + second[:1].numel())
-    return zip(stacks(first, tasks), stacks(second, tasks), strict=True)
+    for a, b in zip(stacks(first, tasks), stacks(second, tasks), strict=True):
+        if a.shape[2] != b.shape[2]:
+            raise ValueError(f"a task has {a.shape[2]} features in one set and {b.shape[2]} in the other")
+        yield a, b
 
 
-def ranges(features: Features, extra: int = 0) -> Iterator[tuple[slice, Tensor]]:
-    """`stacks` with the tasks' positions, where each task takes `extra` numbers besides its features."""
+def ranges(features: Features, extra: int = 0, **beside: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """`stacks` with the tasks' positions, where each task takes `extra` numbers besides its features.
+
+    Args:
+        features: of the tasks.
+        extra: numbers.
+        beside: by name, what else there is of each task (one row each), or None.
+
+    Raises:
+        ValueError: if there are no tasks, or more or fewer of them than rows of any of `beside`.
+    """
     start = 0
+    rows = {name: len(tensor) for name, tensor in beside.items() if tensor is not None}
     fit = tasks_at_once(features[:1].numel() + extra) if isinstance(features, Tensor) else None
+    if isinstance(features, Tensor):
+        _refuse_other_counts(rows, len(features))
     for phi in stacks(features, fit):
-        yield slice(start, start + len(phi)), phi
-        start += len(phi)
+        end = start + len(phi)
+        if end > min(rows.values(), default=end):
+            raise ValueError(f"there are more tasks than {' or '.join(f'{n} {name}' for name, n in rows.items())}")
+        yield slice(start, end), phi
+        start = end
+    if not start:
+        raise ValueError("there are no tasks")
+    _refuse_other_counts(rows, start)
+
+
+def _refuse_other_counts(rows: dict[str, int], tasks: int) -> None:
+    for name, count in rows.items():
+        if count != tasks:
+            raise ValueError(f"{name} of {count} tasks do not belong to {tasks} tasks")

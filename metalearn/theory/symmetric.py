@@ -1,0 +1,29 @@
+"""Pseudo-inverses of positive semi-definite matrices, and from where on an eigenvalue is taken for zero."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+SINGULAR = 1e-12
+"""Eigenvalues below this share of the largest are zero: a few thousand times what rounding leaves of a zero."""
+
+
+def largest(matrix: Tensor) -> Tensor:
+    """The largest eigenvalue, `[...]`, of each matrix `[..., n, n]`."""
+    return torch.linalg.eigvalsh(matrix)[..., -1]
+
+
+def inverse(matrix: Tensor, scale: Tensor | None = None) -> Tensor:
+    """Moore-Penrose inverses of positive semi-definite matrices `[..., n, n]`.
+
+    Args:
+        matrix: those.
+        scale: `[...]`, what `SINGULAR` is a share of where that is larger than the largest eigenvalue: the size of
+            the terms of a sum whose rounding errors may be all that is left of it.
+    """
+    values, vectors = torch.linalg.eigh(matrix)
+    top = values[..., -1] if scale is None else torch.maximum(values[..., -1], scale)
+    kept = values > SINGULAR * top[..., None]
+    reciprocal = torch.where(kept, values, torch.inf).reciprocal()
+    return (vectors * reciprocal[..., None, :]) @ vectors.mT
