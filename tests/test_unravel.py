@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 
-from metalearn import shown, studies
+from metalearn import composing, shown, studies
 from metalearn.cells import expand
 from metalearn.ledger import CellDir
 from metalearn.random import Key
@@ -24,7 +24,7 @@ from metalearn.tables import command
 from metalearn.tables.compare import values
 from metalearn.tables.definition import load
 from metalearn.theory import alpha_star, designs
-from metalearn.unravel import corollary1, fig2, fig4b, table2
+from metalearn.unravel import corollary1, fig2, fig4a, fig4b, fig8, table2
 
 PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
@@ -82,6 +82,14 @@ def test_an_experiment_is_drawn_with_labels_and_judged(shows, name, tmp_path):
         assert figure.axes and all(a.get_xlabel() and (a.get_ylabel() or a.get_yticklabels()) for a in figure.axes)
     for file in shown.write(content, tmp_path):
         assert file.stat().st_size > 2000
+
+
+def test_every_study_of_the_paper_accepts_its_full_size():
+    """Also where that is the default, and names the same cells."""
+    assert all("paper" in composing.preset(f"unravel/{name}", "sizes") for name in SMALL)
+    cells = (expand(["experiment=unravel/corollary1", "logger=none", *words]) for words in ((), ("size=paper",)))
+    (one,), (other,) = cells
+    assert one.cell_id == other.cell_id
 
 
 # ---- Corollary 1 -------------------------------------------------------------------------------------------------
@@ -305,10 +313,27 @@ def test_the_slope_of_errors_is_that_of_a_power_law_with_the_error_of_its_means(
 
 def test_fig8_error_falls_with_more_tasks(shows):
     content, results = shows("fig8")
-    assert len(content.findings) == 3
+    assert len(content.findings) == 6 and all("bias" in n for n in content.notes if "1 / N" in n)
     for result in results:
+        for n in (4, 32, 256):
+            errors = shown.values(result, "error", N=n)
+            assert errors.tolist() == abs(shown.values(result, "difference", N=n)).tolist() and errors.min() > 0
         error = shown.line(result, "error", "N").mean
         assert error[0] > 2 * error[-1] and -1.2 < shown.scalar(result, "slope@tasks=all")[0] < -0.2
+
+
+@pytest.mark.parametrize(
+    ("slope", "half", "holds"),
+    [(-0.5, 0.05, True), (-0.59, 0.09, True), (-0.61, 0.05, False), (-0.61, 0.11, None), (0.865, 3.0, None),
+     (-0.5, 0.11, None), (-0.5, None, None)],
+)  # fmt: skip
+def test_fig8_noise_makes_no_slope_hold(shows, slope, half, holds):
+    """By its value alone, and only if its interval is not wider than what it may differ by."""
+    _, (result, *_) = shows("fig8")
+    metrics = dict(result.data["metrics"])
+    metrics["slope"] = metrics["slope"] | {"mean": slope, "ci95": half}
+    late, _ = fig8.show([Result(result.folder, result.data | {"metrics": metrics})]).findings
+    assert late.holds is holds and ("too wide to tell" in late.measured) == (holds is None)
 
 
 def test_fig11_the_best_rate_is_positive_where_it_is_the_same_in_tests(shows):
@@ -377,6 +402,16 @@ def test_fig4b_without_spread_and_with_much(shows):
         near, far, farther = (found[f"alpha_lim@law={law},variance={v:.12g}"] for v in study.variances)
         assert near == pytest.approx(found["alpha_zero"], rel=1e-3)
         assert far / farther == pytest.approx(10, rel=0.02)
+
+
+def test_fig4a_finds_an_inverse_law_where_there_is_one(shows):
+    _, (result,) = shows("fig4a")
+    inverse = {f"alpha_lim basis=shifted variance={v:g}": 0.35 / v for v in (5, 50)}
+    first = {"alpha_lim basis=shifted variance=0.1": 3.5}
+    moments = {f"second_moment basis=shifted variance={v:g}": v for v in (0.1, 5, 50)}
+    _, falls, fit, _, product = fig4a.show([with_means(result, inverse | first | moments)]).findings
+    assert (falls.holds, fit.holds, product.holds) == (True, True, True)
+    assert "-1.00 to -1.00 with centres beside 0" in fit.measured and "varies 1-fold to 1-fold" in product.measured
 
 
 def test_fig4b_exponents_are_those_of_a_power(shows):
@@ -472,8 +507,11 @@ def test_alpha_lim_is_the_best_rate_unless_a_few_optima_are_huge(shows):
 def test_alpha_lim_over_the_variance_goes_where_the_centres_say(shows):
     """Up around 0, down beside it, nowhere if they follow the data; c / variance for raw data alone (C-9)."""
     content, (result,) = shows("fig4a")
-    assert [f.holds for f in content.findings] == [False, True, False, False, True, False, False]
+    assert [f.holds for f in content.findings] == [False, True, False, False, False]
+    assert any(n.startswith("two identities, which are not judged") for n in content.notes)
     for law in ("N", "U", "Exp"):
+        raw = shown.line(result, "alpha_lim", "variance", basis="raw", law=law)
+        assert raw.mean * raw.x == pytest.approx([raw.mean[0] * raw.x[0]] * 3, rel=1e-9)
         scaled = shown.line(result, "alpha_lim", "variance", basis="scaled", law=law)
         assert scaled.mean == pytest.approx([scaled.mean[0]] * 3, rel=1e-9)
 

@@ -94,7 +94,7 @@ class EstimationError(Study):
     bandwidth: float = key(1.0, "width sigma of Gaussian features", gt=0)
     tasks: list[int] = key([2**i for i in range(1, 14)], "numbers of tasks N", ge=2)
     slope_from: int = key(32, "the slope is of the numbers of tasks from this one on", ge=2)
-    repetitions: int = key(10, "draws of the tasks for each N", ge=2)
+    repetitions: int = key(40, "draws of the tasks for each N", ge=2)
 
     @classmethod
     def problems(cls, study: Config) -> Iterator[str]:

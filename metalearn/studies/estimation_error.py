@@ -58,21 +58,26 @@ class EstimationError(Study):
         self.basis = BASES[basis](designs.uniform(low, high), low, high, samples, width, bandwidth)
 
     def measure(self, key: Key, starts: Sequence[State]) -> Iterator[Measured]:
-        """Yields the slope from `slope_from` on, the slope of all N (`tasks=all`), alpha*_lim, and errors by N."""
-        errors = {n: [self._error(n, key.sub(f"{n}/{r}")) for r in range(self.repetitions)] for n in self.tasks}
+        """Yields the slope from `slope_from` on, the slope of all N (`tasks=all`), alpha*_lim, and numbers by N.
+
+        `difference` is alpha*(N) - alpha*_lim over draws of the tasks, `error` its absolute value.
+        """
+        found = {n: [self._difference(n, key.sub(f"{n}/{r}")) for r in range(self.repetitions)] for n in self.tasks}
+        errors = {n: [abs(d) for d in differences] for n, differences in found.items()}
         slope = loglog_slope({n: e for n, e in errors.items() if n >= self.slope_from})
         yield estimate("slope", slope.value, slope.se, self.repetitions, of="repetitions")
         slope = loglog_slope(errors)
         yield estimate("slope", slope.value, slope.se, self.repetitions, of="repetitions", tasks="all")
         yield exact("alpha_lim", self.basis.limit, "rate")
-        for n, found in errors.items():
-            yield repeated("error", found, "rate", N=n)
+        for n in self.tasks:
+            yield repeated("error", errors[n], "rate", N=n)
+            yield repeated("difference", found[n], "rate", N=n)
 
-    def _error(self, tasks: int, key: Key) -> float:
+    def _difference(self, tasks: int, key: Key) -> float:
         generator = Generator().manual_seed(key.integer())
         features = self.basis.design.draw(tasks, self.samples, generator)
         optima = torch.randn(tasks, self.basis.design.width, generator=generator, dtype=torch.float64)
-        return abs(linear_meta.best_alpha(features, optima) - self.basis.limit)
+        return linear_meta.best_alpha(features, optima) - self.basis.limit
 
 
 class Basis(NamedTuple):

@@ -65,8 +65,8 @@ class Trajectory(Study):
         """Yields, for both readings, distances and where they are least, and the path of the first draw.
 
         `nearest`: the rate of the least mean distance, in multiples of `alpha_lim`; `fall`: minus the derivative of the
-        mean distance at rate 0, per alpha*_lim and as a share of the distance there; `w`, `tangent` (18.2) and
-        `optimum` have an `axis`.
+        mean distance at rate 0, per alpha*_lim and as a share of the distance there; `w`, `tangent` (its derivative at
+        rate 0, per alpha*_lim) and `optimum` have an `axis`.
         """
         drawn = [self._drawn(key.sub(str(i))) for i in range(self.draws)]
         paths = {how: [self._path(tasks, how, self.penalty) for tasks in drawn] for how in READINGS}

@@ -50,7 +50,7 @@ def _positive(result: Result) -> Finding:
 def _near(result: Result) -> Finding:
     (rate, _), (alpha, _) = scalar(result, "best_rate@test=same"), scalar(result, "alpha")
     return Finding(
-        "it is near the estimate n_t / (n_t + p + 1), twice Corollary 2",
+        "that best rate is near the estimate n_t / (n_t + p + 1), twice Corollary 2",
         f"within {NEAR:g}",
         f"{rate:.3f} beside {alpha:.3f}",
         abs(rate - alpha) <= NEAR,
@@ -61,7 +61,7 @@ def _inside(result: Result) -> Finding:
     rate = scalar(result, "best_rate@test=same")[0]
     low, high = _ranges(result)[HEURISTIC]
     return Finding(
-        "it is inside the heuristic range of H.18",
+        "that best rate is inside the heuristic range of H.18",
         "between its ends",
         f"{rate:.3f} beside {low:.3g} to {high:.3g}, from the range of the features",
         low <= rate <= high,
@@ -74,7 +74,7 @@ def _negative(result: Result, fixed: float) -> Finding:
     return Finding(
         f"Bernacchia: the best rate of training is negative, that of tests being fixed (alpha_r = {fixed:g})",
         "beyond 95 %",
-        f"{rate:.3f} +- {half:.1g}, loss {loss:.4f}; but it is flat there, rate 0 costs {excess / loss:.2g} of it more",
+        f"{rate:.3f} +- {half:.1g}, loss {loss:.4f}; but the loss is flat there, {excess / loss:.2%} higher at rate 0",
         rate + half < 0,
     )
 
@@ -114,7 +114,7 @@ def _figure(result: Result) -> Figure:
         for axis in (whole, close):
             axis.axvline(0, color="k", linewidth=0.8)
             rate = "rate alpha_t = alpha_r" if test == "same" else "rate of training alpha_t"
-            axis.set(xlabel=rate, ylabel="loss (1/2 MSE)")
+            axis.set(xlabel=rate, ylabel="loss (1/2 MSE, target units squared)")
     figure.suptitle(
         "Figure 11 of Unraveling MAML: Bernacchia's linear regression, "
         f"n_t = {study['support']}, n_v = {study['query']}, n_r = {study['test_support']}, m = {study['tasks']}, "

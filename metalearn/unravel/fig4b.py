@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.figure import Figure
 
-from metalearn.results import Result, value
+from metalearn.results import Result
 from metalearn.shown import Finding, Line, Shown, labels, line, scalar
 
 TITLE = "Figure 4(b): the same with tangent features"
@@ -42,23 +42,23 @@ def _exponents(curves: dict[str, Line], low: float, high: float) -> dict[str, fl
 
 
 def _falls(curves: dict[str, Line]) -> Finding:
-    up = {law: int((np.diff(c.mean) > 0).sum()) for law, c in curves.items()}
-    spans = "; ".join(f"{law}: {c.mean[0]:.3g} to {c.mean[-1]:.3g}" for law, c in curves.items())
+    up = np.concatenate([np.diff(c.mean) > 0 for c in curves.values()])
+    spans = ", ".join(f"{law} from {c.mean[0]:.3g} to {c.mean[-1]:.3g}" for law, c in curves.items())
     variances = next(iter(curves.values())).x
     return Finding(
         "alpha*_lim decreases with the variance of the data",
         "at each variance of the grid less than at the one before, for every law",
-        f"variances {variances[0]:g} to {variances[-1]:g}: {spans}; {sum(up.values())} of the steps rise",
-        not any(up.values()),
+        f"{spans}, over variances {variances[0]:g} to {variances[-1]:g}; it rises in {up.sum()} of {len(up)} steps",
+        not up.any(),
     )
 
 
 def _inverse(curves: dict[str, Line]) -> Finding:
     late, early = _exponents(curves, LATE, math.inf), _exponents(curves, 0, 1)
     texts = [f"{law} {late[law]:.2f}" for law in late]
-    measured = f"exponents from {LATE:g} on: {', '.join(texts) or 'too few variances'}"
+    measured = f"exponents from variance {LATE:g} on: {', '.join(texts) or 'too few variances'}"
     if early:
-        measured += f"; up to 1: {', '.join(f'{law} {e:.2f}' for law, e in early.items())}"
+        measured += f"; up to variance 1: {', '.join(f'{law} {e:.2f}' for law, e in early.items())}"
     return Finding(
         "alpha*_lim is like 1 / variance",
         f"exponent of the variance within {NEAR:g} of -1 from {LATE:g} on, for every law",
@@ -79,18 +79,19 @@ def _figure(result: Result, curves: dict[str, Line], moments: dict[str, Line], z
     for axis in (plain, logarithmic):
         axis.plot(x, last.mean[-1] * last.x[-1] / x, ":", color="black", label="1 / variance, through the last point")
         axis.axhline(zero, color="0.6", linestyle="--", linewidth=1, label="data without spread")
-        axis.set(xlabel="variance of the data", ylabel="alpha*_lim (eq. 3.3), 95 % over tasks")
+        axis.set(xlabel="variance of the data", ylabel="alpha*_lim (eq. 3.3, 95 % over tasks)")
     s = np.array(sorted(v for m in moments.values() for v in m.mean))
     feature.plot(s, 1 / (2 * s), ":", color="black", label="1 / (2 second moment)")
-    feature.set(xscale="log", yscale="log", xlabel="second moment of the features, tr E[G] / K", ylabel="alpha*_lim")
+    feature.set(xscale="log", yscale="log", xlabel="second moment of the features, tr E[G] / K")
+    feature.set(ylabel="alpha*_lim (eq. 3.3, 95 % over tasks)")
     logarithmic.set(xscale="log", yscale="log")
     plain.set_ylim(0, 1.1 * max(zero, *(c.mean.max() for c in curves.values())))
     for axis in (plain, logarithmic, feature):
         axis.legend(fontsize=8)
     study = result.config["study"]
     figure.suptitle(
-        f"Tangent features of a two-layer network, {value(result.config, 'study.init')} initialisation,"
-        f" width {study['width']}, K = {study['samples']}",
+        "Figure 4(b) of Unraveling MAML: alpha*_lim over the variance of the data, tangent features of a two-layer"
+        f" network ({study['init']} initialisation, width {study['width']}), K = {study['samples']}",
         fontsize=11,
     )
     return figure

@@ -23,8 +23,8 @@ def show(results: Sequence[Result]) -> Shown:
     found = {g: line(result, "coefficient", "order", g=g) for g in MEANING}
     findings = [_formula(found[1], study["width"]), _sums(result, study["width"]), _traces(result, study["samples"])]
     notes = (
-        "g2 and g3 are what the expansion of tr E[G^3] needs; only the formula of g1 is taken from the paper",
-        "g3 counts terms E x^n E x^(i + h), in which two of three samples are the same",
+        "only the formula of g1 is taken from the paper; g2 and g3 are what the expansion of tr E[G^3] needs",
+        "in terms E x^n E x^(i + h), which g3 counts, two of three samples are the same",
     )
     return Shown(TITLE, {"fig6": _figure(found, study["width"])}, findings, notes)
 

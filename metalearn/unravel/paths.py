@@ -17,15 +17,22 @@ NEAR = 0.25
 INNER, OUTER = "tab:blue", "tab:gray"
 
 
-def draw(heading: str, name: str, results: Sequence[Result]) -> Shown:
-    """A row of panels for each result: the path, the mean distance, and where it is least for other penalties."""
+def show(number: int, words: str, results: Sequence[Result]) -> Shown:
+    """A row of panels for each result: the path, the mean distance, and where it is least for other penalties.
+
+    Args:
+        number: of the paper's figure.
+        words: what it shows.
+        results: one for each pair of laws.
+    """
     figure = Figure(figsize=(13, 4.2 * len(results) + 0.4), layout="constrained")
     for axes, result in zip(figure.subplots(len(results), 3, squeeze=False), results, strict=True):
         _plane(axes[0], result)
         _distances(axes[1], result)
         _penalties(axes[2], result)
     findings = [f for r in results for f in (_falls(r), _near(r), _outer(r))]
-    return Shown(heading, {name: figure}, findings, _notes(results))
+    figure.suptitle(f"Figure {number} of Unraveling MAML: {words}")
+    return Shown(f"Figure {number}: {words}", {f"fig{number}": figure}, findings, _notes(results))
 
 
 def title(result: Result) -> str:
@@ -61,7 +68,7 @@ def _plane(axis: Axes, result: Result) -> None:
     axis.annotate(
         "", xytext=(x.mean[0], y.mean[0]), xy=(x.mean[0] + extent[0], y.mean[0] + extent[1]), arrowprops=arrow
     )
-    axis.plot([], [], color="tab:red", label="direction at 0, (18.2)")
+    axis.plot([], [], color="tab:red", label=r"derivative at $\alpha$ = 0")
     for marker, text in (("s", "0 (ERM)"), ("*", r"$\alpha^*_{lim}$"), ("o", rf"{study['span']:g} $\alpha^*_{{lim}}$")):
         axis.plot([], [], marker, color="white", markeredgecolor="black", label=rf"$\alpha$ = {text}")
     axis.set(xlabel="first coordinate of w, a", ylabel="second coordinate", aspect="equal")
@@ -117,7 +124,8 @@ def _falls(result: Result) -> Finding:
     return Finding(
         f"the mean distance to the optima falls from alpha = 0 on ({title(result)})",
         "its derivative at 0 is negative in every draw",
-        f"in {_share(falls)} draws, on average by {falls.mean():.2g} of the distance per alpha*_lim",
+        f"in {_share(falls)} draws; followed up to alpha*_lim, the slope at 0 would take {falls.mean():.0%} of the"
+        " distance away, on average",
         bool((falls > 0).all()),
     )
 
@@ -127,7 +135,7 @@ def _near(result: Result) -> Finding:
     return Finding(
         f"the mean distance is least near alpha*_lim ({title(result)})",
         f"on average within {NEAR:.0%} of it",
-        f"at {at.mean():.2f} alpha*_lim ({at.min():.2f} to {at.max():.2f} over {len(at)} draws)",
+        f"at {at.mean():.2f} alpha*_lim on average ({at.min():.2f} to {at.max():.2f} in {len(at)} draws)",
         bool(abs(at.mean() - 1) <= NEAR),
     )
 
@@ -135,10 +143,10 @@ def _near(result: Result) -> Finding:
 def _outer(result: Result) -> Finding:
     falls, at = values(result, "fall", penalty="outer"), values(result, "nearest", penalty="outer")
     return Finding(
-        f"both, if the penalty stays outside the inner step ({title(result)})",
-        "as above",
-        f"the distance falls in {_share(falls)} draws, and is least at {at.mean():.2f} alpha*_lim"
-        f" ({at.min():.2f} to {at.max():.2f})",
+        f"both claims above hold if the penalty stays outside the inner step, too ({title(result)})",
+        f"derivative at 0 negative in every draw, least distance on average within {NEAR:.0%} of alpha*_lim",
+        f"negative in {_share(falls)} draws; least at {at.mean():.2f} alpha*_lim on average ({at.min():.2f} to"
+        f" {at.max():.2f})",
         bool((falls > 0).all() and abs(at.mean() - 1) <= NEAR),
     )
 
@@ -152,12 +160,12 @@ def _notes(results: Sequence[Result]) -> tuple[str, ...]:
     return (
         f"not stated in the paper and ours: K = {study['samples']}, the laws of Figure 1, the far cluster"
         f" ({study['far_tasks']} tasks around ({study['far']:g}, {study['far']:g})), its penalty {study['penalty']:g}",
-        "a penalty moves the minimiser with alpha only if it multiplies the loss in the inner step too: outside alone,"
-        " all tasks' S_i(alpha) have the same mean but for that factor, so that the minimiser stays but for chance",
-        *(f"rate of the least distance over alpha*_lim by penalty, {title(r)}: {_by_penalty(r)}" for r in results),
+        "a penalty moves the minimiser with alpha only if it multiplies the loss in the inner step, too: outside alone,"
+        " the expected S_i(alpha) of all tasks are equal up to that factor, and what moves the minimiser is chance",
+        *(f"rate of the least distance over alpha*_lim, by penalty ({title(r)}): {_by_penalty(r)}" for r in results),
     )
 
 
 def _by_penalty(result: Result) -> str:
     found = line(result, "nearest", "factor")
-    return ", ".join(f"{f:g}: {m:.2f}" for f, m in zip(found.x, found.mean, strict=True))
+    return ", ".join(f"{m:.2f} at {f:g}" for f, m in zip(found.x, found.mean, strict=True))
