@@ -251,6 +251,43 @@ def test_features_that_tell_nothing_are_refused():
         limit(torch.ones(3, 4))
     with pytest.raises(ValueError, match="shorter"):
         split(ragged(), ragged()[:3])
+    for other, said in ((normal(1, 4, 2, seed=0), "3 tasks, the other 1"), (normal(2, 4, 2, seed=0), "3 tasks")):
+        with pytest.raises(ValueError, match=said):
+            split(normal(3, 4, 2, seed=0), other)
+    with pytest.raises(ValueError, match="2 features in one set and 1 in the other"):
+        split(normal(3, 4, 2, seed=0), normal(3, 4, 1, seed=0))
+    for zero in (torch.zeros(2, 3, 4), torch.full((2, 3, 4), math.nan)):
+        with pytest.raises(ValueError, match="all zero or not finite"):
+            corollary1(zero)
+    with pytest.raises(ValueError, match="no tasks"):
+        corollary1([])
+
+
+def test_numbers_out_of_range_are_refused_by_name():
+    for keys in ({"tasks": 0}, {"samples": 0}, {"width": -1}, {"observations": 0}):
+        name, value = next(iter(keys.items()))
+        with pytest.raises(ValueError, match=f"{name}={value}: must be > 0"):
+            heuristic_range(**{"tasks": 2, "samples": 3, "width": 4} | keys)
+    with pytest.raises(ValueError, match="range of features .* is empty"):
+        heuristic_range(2, 3, 4, low=1.0, high=1.0)
+    for form in (gaussian_limit, gaussian_split):
+        with pytest.raises(ValueError, match="s=0.0: must be > 0"):
+            form(3, 4, 0.0)
+    with pytest.raises(ValueError, match="samples=0: must be > 0"):
+        alpha_star.epsilon(0.1, 0, 1.0, 2.0)
+    with pytest.raises(ValueError, match="largest=1.0: must be >= smallest=2.0"):
+        alpha_star.epsilon(0.1, 10, 2.0, 1.0)
+
+
+@pytest.mark.parametrize("offset", [1e4, 1e7])
+def test_spread_of_entries_far_from_zero(offset):
+    """sigma^2 of features whose mean is 1e7 times that, in tasks of different sizes and means."""
+    tasks = [offset + i + phi for i, phi in enumerate(ragged())]
+    entries = torch.cat([(phi - offset).flatten() for phi in tasks])
+    for unbiased in (False, True):
+        variance = float(entries.var(unbiased=unbiased))
+        assert deviation(tasks, unbiased=unbiased).value == pytest.approx(1 / (2 * 14 * variance), rel=1e-9)
+        assert heuristic(tasks, unbiased=unbiased).value == pytest.approx(1 / (2 * 3 * variance), rel=1e-9)
 
 
 # ---- intervals ---------------------------------------------------------------------------------------------------
@@ -273,6 +310,33 @@ def test_bootstrap_intervals_cover_the_truth():
     samples, truth = normal(100, 150, 10, 2, seed=0), gaussian_limit(10, 2)
     held = [low < truth < high for low, high in (bootstrap(limit, s, resamples=200) for s in samples)]
     assert 88 <= sum(held)
+
+
+@pytest.mark.parametrize("estimator", [limit, deviation, heuristic, stacked], ids=lambda e: e.__name__)
+def test_one_task_has_no_interval(estimator):
+    """As it has no standard error."""
+    assert all(map(math.isnan, bootstrap(estimator, ragged()[:1])))
+
+
+def test_intervals_of_the_stacked_estimate_are_positive():
+    """Five very different tasks: influences on alpha itself give a negative end, those on log alpha do not."""
+    tasks = [scale * normal(3, 2, seed=i) for i, scale in enumerate((0.1, 0.3, 1.0, 3.0, 9.0))]
+    terms = stacked.terms(tasks)
+    value, linear = terms.estimate().value, terms._replace(drawn=None).interval()
+    low, high = terms.interval()
+    assert linear.low < 0 < low < value < high
+    assert (low, high) == pytest.approx([value * math.exp(end / value - 1) for end in linear], rel=1e-9)
+
+
+def test_intervals_refuse_what_is_no_level_or_number():
+    terms = limit.terms(ragged())
+    for level in (0.0, 1.0, 1.5, math.nan):
+        with pytest.raises(ValueError, match=f"level={level}: must be > 0 and < 1"):
+            terms.interval(level=level)
+    with pytest.raises(ValueError, match="resamples=0: must be > 0"):
+        terms.interval(resamples=0)
+    with pytest.raises(ValueError, match="tasks=0: must be > 0"):
+        bootstrap(limit, [])
 
 
 # ---- ranges and bounds -------------------------------------------------------------------------------------------

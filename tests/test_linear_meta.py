@@ -364,6 +364,18 @@ def test_theorem_2_range_is_the_printed_one():
     assert 0 < theorem2_rate(50, 1e-3, 1e3, 1e-3) < 1e-9  # no cancellation
 
 
+def test_ranges_of_the_theorems_refuse_what_is_no_range():
+    for call in (forbidden_rates, lambda *ends: theorem2_rate(*ends, 1.0)):
+        with pytest.raises(ValueError, match="smallest=0.0: must be > 0"):
+            call(10, 0.0, 1.0)
+        with pytest.raises(ValueError, match="largest=1.0: must be >= smallest=2.0"):
+            call(10, 2.0, 1.0)
+        with pytest.raises(ValueError, match="samples=0: must be > 0"):
+            call(0, 1.0, 2.0)
+    with pytest.raises(ValueError, match="c=0.0: must be > 0"):
+        theorem2_rate(10, 1.0, 2.0, 0.0)
+
+
 # ---- fast adaptation ---------------------------------------------------------------------------------------------
 
 

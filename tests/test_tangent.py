@@ -232,6 +232,34 @@ def test_masks_leave_out_the_rows_that_a_task_does_not_adapt():
         assert_close(masked.times(vector(learner, v)), full.times(vector(learner, v * flat)), SAME)
 
 
+class Graded(MAML):
+    """Each row of parameters has a rate of its own, as a T-net's transform would give it, none of them 0 or 1."""
+
+    def multipliers(self, theta, key):
+        return {k: normal(*s, seed=i).square() for i, (k, s) in enumerate(self.shapes.items())}
+
+
+@pytest.mark.parametrize("algorithm", [MTNet, Graded])
+def test_curvature_is_that_of_the_scaled_parameters(algorithm):
+    """lambda_max of M^1/2 H M^1/2, from which 2 / lambda_max is: rates M on both sides of the Hessian."""
+    learner, episodes = build(algorithm, mlp(), "regression", alpha=0.1), curves(3)
+    key, names = meta_batch(episodes).key, dict(learner.shapes)
+    multipliers = learner.multipliers(learner.constants(), key)
+    with torch.no_grad():
+        start = learner.origin(learner.constants(), episodes.support, key)
+        problem, moving, context = t.support_problem(learner, start, episodes.support, learner.moves)
+    curve = t.hvp(problem, moving, context)
+    size = sum(s.numel() for s in names.values())
+    columns = []
+    for unit in torch.eye(size, dtype=torch.float64):
+        product = curve(vector(learner, unit.expand(3, size)))
+        columns.append(torch.cat([product[k].flatten(1) for k in names], 1))
+    root = torch.cat([multipliers[k].expand(3, *s).flatten(1) for k, s in names.items()], 1).sqrt()
+    full = root[:, :, None] * torch.stack(columns, 2) * root[:, None, :]
+    found = t.support_curvature(learner, learner.constants(), episodes, key, steps=5000, tolerance=1e-6)
+    assert_close(found.value, torch.linalg.eigvalsh(full)[:, -1], 1e-6)
+
+
 def test_tasks_of_different_starts_have_their_own_features():
     """MMAML's network is modulated by each task's support set: chunks of tasks are the same tasks."""
     learner, episodes = build(MMAML, mlp(), "regression", alpha=0.1, hidden=3), curves(3)

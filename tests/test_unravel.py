@@ -18,7 +18,7 @@ from metalearn.schema import BadInput, fields_of
 from metalearn.schema.studies import RateCurve, Trajectory
 from metalearn.studies import TangentVariance
 from metalearn.studies.bernacchia import lowest
-from metalearn.studies.estimation_error import loglog_slope, rows_limit
+from metalearn.studies.estimation_error import loglog_slope
 from metalearn.studies.trajectory import Tasks
 from metalearn.tables import command
 from metalearn.tables.compare import values
@@ -296,7 +296,7 @@ def test_a_quadrature_of_rows_gives_the_limit_that_moments_give():
     law, scale = designs.uniform(-5, 5), designs.taylor_coefficients(5)
     rows = torch.tensor(scale, dtype=torch.float64) * (5 * nodes[:, None]) ** torch.arange(5)
     exact = designs.polynomial_limit(12, 5, law.moments(24), scale)
-    assert rows_limit(12, rows, weights / 2) == pytest.approx(exact, rel=1e-12)
+    assert alpha_star.rows_limit(12, rows, weights / 2) == pytest.approx(exact, rel=1e-12)
 
 
 def test_the_slope_of_errors_is_that_of_a_power_law_with_the_error_of_its_means():

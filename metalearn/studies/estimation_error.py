@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 from numpy.polynomial.legendre import leggauss
-from torch import Generator, Tensor
+from torch import Generator
 
 from metalearn.random import Key
 from metalearn.studies.base import Measured, State, Study, estimate, exact, repeated
@@ -97,7 +97,7 @@ def _gaussian(law: designs.Law, low: float, high: float, samples: int, width: in
     nodes, weights = (torch.from_numpy(v) for v in leggauss(QUADRATURE))
     x = (low + high) / 2 + (high - low) / 2 * nodes
     rows = designs.gaussian_basis(x[:, None], centres, widths)
-    return Basis(designs.gaussian(law, centres, widths, scalar=True), rows_limit(samples, rows, weights / 2))
+    return Basis(designs.gaussian(law, centres, widths, scalar=True), alpha_star.rows_limit(samples, rows, weights / 2))
 
 
 def _polynomial(law: designs.Law, low: float, high: float, samples: int, width: int, bandwidth: float) -> Basis:
@@ -107,20 +107,6 @@ def _polynomial(law: designs.Law, low: float, high: float, samples: int, width: 
 
 
 BASES = {"matrix": _matrix, "gaussian": _gaussian, "polynomial": _polynomial}
-
-
-def rows_limit(samples: int, rows: Tensor, weights: Tensor) -> float:
-    """alpha*_lim for K independent rows of features, each one of `rows` `[n, d]` with probability `weights` `[n]`.
-
-    With C = E x x^T of a row x, tr E[G^2] = K E|x|^4 + K (K - 1) tr C^2 and
-    tr E[G^3] = K E|x|^6 + 3 K (K - 1) E|x|^2 x^T C x + K (K - 1) (K - 2) tr C^3.
-    """
-    c = rows.mT @ (weights[:, None] * rows)
-    square, through = rows.square().sum(1), ((rows @ c) * rows).sum(1)
-    k, pairs, triples = samples, math.perm(samples, 2), math.perm(samples, 3)
-    second = k * (weights @ square**2) + pairs * c.square().sum()
-    third = k * (weights @ square**3) + 3 * pairs * (weights @ (square * through)) + triples * torch.trace(c @ c @ c)
-    return float(k * second / (2 * third))
 
 
 def loglog_slope(errors: dict[int, list[float]]) -> alpha_star.Estimate:

@@ -14,7 +14,8 @@ What is printed there and does not hold (`tests/test_alpha_star.py` has each cou
   any K), because Jensen's inequality is used the wrong way for the expectation over samples. For fixed G even
   1 / (2 sigma^2) is a lower bound. The upper bound always holds; its form in the appendix (D.6) lacks a factor 2.
 - H.15 is no simplification of H.14: for i.i.d. entries and N K << d, H.14 tends to N K / (2 d sigma^2), not to
-  1 / (2 N K sigma^2). On tangent features H.15 is 4 to 7 times too large.
+  1 / (2 N K sigma^2). On tangent features H.15 is 1.1 to 7 times the best
+  rate (`docs/unravel.md`, `tests/test_tangent_quadratic.py`).
 - Example 2 at K = 1, alpha = E[Y^4] / (2 E[Y^6]), is right for d = 1 alone (see `iid_limit`).
 
 Shape letters: `T` tasks, `K` samples, `d` features. Features are one tensor `[T, K, d]` or an iterable of `[K, d]`,
@@ -53,6 +54,17 @@ class Interval(NamedTuple):
     high: float
 
 
+def positive(**values: float) -> None:
+    """Refuse what is not a positive number, by its name.
+
+    Raises:
+        ValueError: for the first of these.
+    """
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}: must be > 0 and finite")
+
+
 # ---- functions of sums over tasks --------------------------------------------------------------------------------
 
 
@@ -65,6 +77,8 @@ class Terms(NamedTuple):
 
     values: Tensor
     of: Callable[[Tensor], Tensor]
+    drawn: Callable[[Tensor], Tensor] | None = None
+    """What maps sums over tasks drawn with replacement, where that is not `of`."""
 
     def left_out(self) -> Tensor:
         """The estimate without task i, for each i: `[T]`."""
@@ -88,11 +102,21 @@ class Terms(NamedTuple):
         return Estimate(value, float((left - left.mean()).square().sum().mul((tasks - 1) / tasks).sqrt()))
 
     def interval(self, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
-        """Percentile bootstrap interval over tasks, which are drawn with replacement."""
+        """Percentile bootstrap interval over tasks, which are drawn with replacement; NaN for a single task.
+
+        Raises:
+            ValueError: if there are no tasks or resamples, or the level is not between 0 and 1.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"level={level}: must be > 0 and < 1")
+        positive(tasks=len(self.values), resamples=resamples)
         tasks, key, found = len(self.values), Key(seed, "bootstrap"), []
+        if tasks == 1:
+            return Interval(math.nan, math.nan)
+        of = self.drawn or self.of
         for rows in torch.arange(resamples).split(tasks_at_once(self.values.numel())):
             which = key.integers(tasks, rows, size=tasks).to(self.values.device)
-            found.append(self.of(self.values[which].sum(1)))
+            found.append(of(self.values[which].sum(1)))
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.values.dtype, device=self.values.device)
         low, high = torch.cat(found).quantile(ends).tolist()
         return Interval(low, high)
@@ -240,7 +264,8 @@ def _of_kernel(k: Tensor, sizes: list[int]) -> Terms:
 def _linearised(powers: Tensor, blocks: Iterable[tuple[Tensor, Tensor, Tensor]], sizes: list[int]) -> Terms:
     """H.14 as a mean over tasks of its value plus their influences, whose standard error is exactly the jackknife's.
 
-    The bootstrap then draws influences: a task drawn twice would make Psi Psi^T singular, and the estimate smaller.
+    The bootstrap then draws influences: a task drawn twice would make Psi Psi^T singular, and the estimate smaller. It
+    draws those on log alpha (the same, divided by alpha), so that no end of an interval is negative.
 
     Args:
         powers: tr G^2 and tr G^3 of all tasks.
@@ -259,7 +284,8 @@ def _linearised(powers: Tensor, blocks: Iterable[tuple[Tensor, Tensor, Tensor]],
         rest = powers - torch.cat(lost)
         left = (rows - powers.new_tensor(sizes)) * rest[:, 0] / (2 * rest[:, 1])
         influence = value - (tasks - 1) * (left - left.mean())
-    return Terms(torch.stack([influence, torch.ones_like(influence)], -1), _ratio)
+    values = torch.stack([influence, torch.ones_like(influence)], -1)
+    return Terms(values, _ratio, lambda sums: value * (_ratio(sums) / value - 1).exp())
 
 
 def heuristic_range(
@@ -277,10 +303,15 @@ def heuristic_range(
         observations: n, the entries that sigma is of; the paper does not fix it, N K if None.
         low: least feature.
         high: largest feature.
+
+    Raises:
+        ValueError: if a number is not positive or the range of features is empty.
     """
-    if high <= low:
+    n = tasks * samples if observations is None else observations
+    positive(tasks=tasks, samples=samples, width=width, observations=n)
+    if not low < high:
         raise ValueError(f"the range of features [{low}, {high}] is empty")
-    smaller, n = min(tasks * samples, width), observations or tasks * samples
+    smaller = min(tasks * samples, width)
     return Interval(2 / smaller / (high - low) ** 2, n / smaller / (high - low) ** 2)
 
 
@@ -289,16 +320,23 @@ def corollary1(features: Features, *, deterministic: bool = False) -> Interval:
 
     A diagnostic: the lower one is no bound for random features. `deterministic` gives 1 / (2 sigma^2) in its place,
     which is a bound when all tasks have the same G.
+
+    Raises:
+        ValueError: if there are no tasks, or their features are all zero or not finite.
     """
     total, tasks, width = 0.0, 0, 0
     for phi in stacks(features):
         total, tasks, width = total + float(phi.square().sum()) / phi.shape[1], tasks + len(phi), phi.shape[2]
+    if not tasks:
+        raise ValueError("there are no tasks")
+    if not 0 < total < math.inf:
+        raise ValueError(f"sigma^2 would be {total / tasks:g}: these features are all zero or not finite")
     variance = total / tasks
     return Interval(1 / (2 * (1 if deterministic else width) * variance), width / (2 * variance))
 
 
 def head_rate(features: Tensor, kind: str = "gram_mean") -> Tensor:
-    """The estimate 1 / (2 n sigma^2) of the head's rate from a batch of support features (online ANIL, section H.3).
+    """The estimate 1 / (2 n sigma^2) of the head's rate from a batch of support features (online ANIL, Figure 3).
 
     n = way x shot rows, each divided by its norm (F); sigma^2 is the "mean of covariance of F^T F", which can mean
 
@@ -345,11 +383,26 @@ def epsilon(alpha: float, samples: int, smallest: float, largest: float) -> floa
         samples: K.
         smallest: l_I, the least eigenvalue that G may have.
         largest: l_S, the largest.
+
+    Raises:
+        ValueError: if samples or eigenvalues are not positive, or the largest is below the smallest.
     """
+    eigenvalues_between(samples, smallest, largest)
     rate = 2 * alpha / samples
     above = largest - 2 * rate * smallest**2 + rate**2 * largest**3
     below = smallest - 2 * rate * largest**2 + rate**2 * smallest**3
     return above / below**2 if below else math.inf
+
+
+def eigenvalues_between(samples: int, smallest: float, largest: float) -> None:
+    """Refuse what cannot be K and the range [l_I, l_S] of the eigenvalues of G.
+
+    Raises:
+        ValueError: naming the first that cannot be.
+    """
+    positive(samples=samples, smallest=smallest, largest=largest)
+    if largest < smallest:
+        raise ValueError(f"largest={largest}: must be >= smallest={smallest}")
 
 
 # ---- closed forms ------------------------------------------------------------------------------------------------
@@ -357,11 +410,13 @@ def epsilon(alpha: float, samples: int, smallest: float, largest: float) -> floa
 
 def gaussian_limit(K: int, d: int, s: float = 1.0) -> float:
     """`limit` for entries N(0, s^2): K (K + d + 1) / (2 s^2 (K^2 + d^2 + 3 K d + 3 K + 3 d + 4))."""
+    positive(K=K, d=d, s=s)
     return K * (K + d + 1) / (2 * s**2 * (K * K + d * d + 3 * K * d + 3 * K + 3 * d + 4))
 
 
 def gaussian_split(K: int, d: int, s: float = 1.0) -> float:
     """`split` for i.i.d. entries N(0, s^2) and validation samples of their own: K / (2 s^2 (K + d + 1))."""
+    positive(K=K, d=d, s=s)
     return K / (2 * s**2 * (K + d + 1))
 
 
@@ -377,6 +432,20 @@ def iid_limit(K: int, d: int, moments: Sequence[float]) -> float:
         moments: E x^0, ..., E x^6 at least.
     """
     return K * _iid_trace(2, K, d, moments) / (2 * _iid_trace(3, K, d, moments))
+
+
+def rows_limit(samples: int, rows: Tensor, weights: Tensor) -> float:
+    """`limit` for K independent rows of features, each one of `rows` `[n, d]` with probability `weights` `[n]`.
+
+    With C = E x x^T of a row x, tr E[G^2] = K E|x|^4 + K (K - 1) tr C^2 and
+    tr E[G^3] = K E|x|^6 + 3 K (K - 1) E|x|^2 x^T C x + K (K - 1) (K - 2) tr C^3.
+    """
+    c = rows.mT @ (weights[:, None] * rows)
+    square, through = rows.square().sum(1), ((rows @ c) * rows).sum(1)
+    k, two, three = samples, math.perm(samples, 2), math.perm(samples, 3)
+    second = k * (weights @ square**2) + two * c.square().sum()
+    third = k * (weights @ square**3) + 3 * two * (weights @ (square * through)) + three * torch.trace(c @ c @ c)
+    return float(k * second / (2 * third))
 
 
 def _iid_trace(power: int, K: int, d: int, moments: Sequence[float]) -> float:
@@ -417,12 +486,21 @@ def _diagonal(a: Tensor) -> Tensor:
 
 
 def _entries(features: Features) -> Tensor:
-    """For each task: rows, entries, their sum and sum of squares, `[T, 4]`."""
+    """For each task: rows, entries, their sum and sum of squares, less the mean over all tasks: `[T, 4]`.
+
+    Within a task the squares are those of deviations from its own mean, so that nothing cancels.
+    """
     terms = []
     for phi in stacks(features):
         counts = phi.new_tensor([phi.shape[1], phi[0].numel()]).expand(len(phi), 2)
-        terms.append(torch.cat([counts, phi.sum((1, 2))[:, None], phi.square().sum((1, 2))[:, None]], 1))
-    return torch.cat(terms) if terms else torch.empty(0, 4, dtype=torch.float64)
+        mean = phi.mean((1, 2))
+        own = (phi - mean[:, None, None]).square().sum((1, 2))
+        terms.append(torch.cat([counts, mean[:, None], own[:, None]], 1))
+    if not terms:
+        return torch.empty(0, 4, dtype=torch.float64)
+    rows, n, mean, own = torch.cat(terms).unbind(1)
+    away = mean - (n @ mean) / n.sum()
+    return torch.stack([rows, n, n * away, own + n * away.square()], 1)
 
 
 def _variance(sums: Tensor, unbiased: bool) -> Tensor:

@@ -27,7 +27,7 @@ from scipy.optimize import minimize_scalar
 from torch import Tensor
 
 from metalearn.theory import kernel_meta
-from metalearn.theory.alpha_star import Interval
+from metalearn.theory.alpha_star import Interval, eigenvalues_between, positive
 from metalearn.theory.stacks import Features, ranges, stacks, tasks_at_once
 from metalearn.theory.symmetric import SINGULAR, inverse, largest
 
@@ -285,7 +285,11 @@ def forbidden_rates(samples: int, smallest: float, largest: float) -> Interval:
 
     Eigenvalues of G lie in [l_I, l_S]. The ends are the zeros of l_I - 4 alpha l_S^2 / K + 4 alpha^2 l_I^3 / K^2, a
     lower bound on the eigenvalues of C^T C.
+
+    Raises:
+        ValueError: if samples or eigenvalues are not positive, or the largest is below the smallest.
     """
+    eigenvalues_between(samples, smallest, largest)
     root = math.sqrt(largest**4 - smallest**4)
     high = samples * (largest**2 + root) / (2 * smallest**3)
     return Interval(samples**2 / (4 * smallest**2) / high, high)  # the product of both is K^2 / (4 l_I^2)
@@ -296,7 +300,12 @@ def theorem2_rate(samples: int, smallest: float, largest: float, c: float) -> fl
 
     (-2 l_S^4 K + K sqrt(4 l_S^8 + 1.5 c l_I^4 (4 l_S^6 - l_I^6) / l_S^3)) / (l_I^2 (4 l_S^6 - l_I^6)). The paper does
     not say what c > 0 is, and its proof takes all G_i to have the same eigenvectors.
+
+    Raises:
+        ValueError: as of `forbidden_rates`, or if c is not positive.
     """
+    eigenvalues_between(samples, smallest, largest)
+    positive(c=c)
     square = smallest**2 * (4 * largest**6 - smallest**6)
     linear, constant = 2 * largest**4 * samples, 1.5 * c * smallest**2 * samples**2 / largest**3
     return constant / (linear + math.sqrt(linear**2 + square * constant))
