@@ -15,7 +15,7 @@ from metalearn.random import Key
 from metalearn.results import Result
 from metalearn.run import run
 from metalearn.schema import BadInput, fields_of
-from metalearn.schema.studies import RateCurve, Trajectory
+from metalearn.schema.studies import FastAdaptation, RateCurve, Trajectory
 from metalearn.studies import TangentVariance
 from metalearn.studies.bernacchia import lowest
 from metalearn.studies.estimation_error import loglog_slope
@@ -24,7 +24,7 @@ from metalearn.tables import command
 from metalearn.tables.compare import values
 from metalearn.tables.definition import load
 from metalearn.theory import alpha_star, designs
-from metalearn.unravel import corollary1, fig2, fig4a, fig4b, fig8, table2
+from metalearn.unravel import corollary1, fig2, fig4a, fig4b, fig5, fig8, table2
 
 PATHS = ("study.tasks=100", "study.far_tasks=10", "study.draws=3", "study.points=9", "study.penalties=[2,20]")
 SMALL = {
@@ -174,7 +174,7 @@ def test_fig5_gaps_have_their_expected_size(shows):
 def test_fig5_loss_is_higher_before_adaptation_on_the_tasks_of_training_alone(shows):
     """w_r is their least loss by definition; on new tasks with centred features, nearer is better at once."""
     content, results = shows("fig5")
-    assert [f.holds for f in content.findings] == [True, False, True, True] * 2
+    assert [f.holds for f in content.findings] == [True, False, True, True, False] * 2
     for result in results:
         own = shown.line(result, "loss_gap", "t", tasks="own").mean
         assert own[0] > 0 > own[2]
@@ -182,6 +182,41 @@ def test_fig5_loss_is_higher_before_adaptation_on_the_tasks_of_training_alone(sh
     least, largest = (shown.scalar(results[0], f"eigenvalue@which={w}")[0] for w in ("least", "largest"))
     assert 0 < least < 25 / 3 < largest
     assert (1 - 2e-5 * largest) ** 2000 < gap[3] / gap[0] < (1 - 2e-5 * least) ** 2000
+
+
+def test_fig5_what_is_left_is_a_mean_of_powers():
+    """E |Q^t v|^2 over starts v of covariance I / d, by powers of Q; nothing of it depends on the optima."""
+    study = study_of(FastAdaptation, tasks=3, new_tasks=4, samples=5, width=3, eta=1e-3, steps=[0, 1, 7, 400])
+    found, extremes = study._repetition(torch.Generator().manual_seed(3))
+    generator = torch.Generator().manual_seed(3)
+    _, new = (study.design.draw(n, 5, generator) for n in (3, 4))
+    h = new.mT @ new / 5
+    q = torch.eye(3).double() - 2e-3 * h
+    expected = [torch.linalg.matrix_power(q, t).square().sum((1, 2)).mean() / 3 for t in study.steps]
+    torch.testing.assert_close(found.left, torch.stack(expected))
+    assert extremes == pytest.approx((float(torch.linalg.eigvalsh(h).min()), float(torch.linalg.eigvalsh(h).max())))
+
+
+def test_fig5_gap_decays_as_the_mean_over_all_eigenvalues_where_features_are_centred(shows):
+    """Then w_m and w_r differ alike in all directions; with Exp(1) they do not."""
+    _, results = shows("fig5")
+    off = []
+    for result in results:
+        gap, left = (shown.line(result, m, "t").mean for m in ("distance_gap", "left"))
+        off.append(abs(gap / gap[0] / left - 1).max())
+    assert max(off[:2]) < 0.01 < 0.02 < off[2]
+
+
+@pytest.mark.parametrize(("last", "bounded", "one"), [(8.0, True, True), (7.0, True, False), (80.0, False, False)])
+def test_fig5_judges_a_decay_by_its_sequence(shows, last, bounded, one):
+    """(1 - 2 eta l)^(2 t) with one eigenvalue l = 8, but for another at the last t: too fast beyond the largest."""
+    _, (result, *_) = shows("fig5")
+    metrics = dict(result.data["metrics"])
+    for t, eigenvalue in {0: 8.0, 1: 8.0, 10: 8.0, 1000: 8.0, 30000: last}.items():
+        gap = -1e-5 * (1 - 2e-5 * eigenvalue) ** (2 * t)
+        metrics[f"distance_gap@t={t}"] = metrics[f"distance_gap@t={t}"] | {"mean": gap}
+    findings = fig5.show([Result(result.folder, result.data | {"metrics": metrics})]).findings
+    assert [f.holds for f in findings[3:]] == [bounded, one]
 
 
 # ---- Figures 1 and 7 ---------------------------------------------------------------------------------------------
