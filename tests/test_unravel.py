@@ -8,7 +8,7 @@ import torch
 from numpy.polynomial.hermite_e import hermegauss
 from numpy.polynomial.legendre import leggauss
 
-from metalearn import composing, shown, studies
+from metalearn import shown, studies
 from metalearn.cells import expand
 from metalearn.ledger import CellDir
 from metalearn.random import Key
@@ -84,12 +84,10 @@ def test_an_experiment_is_drawn_with_labels_and_judged(shows, name, tmp_path):
         assert file.stat().st_size > 2000
 
 
-def test_every_study_of_the_paper_accepts_its_full_size():
-    """Also where that is the default, and names the same cells."""
-    assert all("paper" in composing.preset(f"unravel/{name}", "sizes") for name in SMALL)
-    cells = (expand(["experiment=unravel/corollary1", "logger=none", *words]) for words in ((), ("size=paper",)))
-    (one,), (other,) = cells
-    assert one.cell_id == other.cell_id
+@pytest.mark.parametrize("name", ["corollary1", "fig1", "fig6", "fig7", "fig8"])
+def test_the_full_size_is_accepted_where_it_is_the_default(name):
+    plain, full = (expand([f"experiment=unravel/{name}", "logger=none", *words]) for words in ((), ("size=paper",)))
+    assert [c.cell_id for c in plain] == [c.cell_id for c in full]
 
 
 # ---- Corollary 1 -------------------------------------------------------------------------------------------------
