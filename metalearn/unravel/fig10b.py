@@ -1,0 +1,14 @@
+"""Figure 10(b): test error of a network on sine curves over alpha, and the heuristic range."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from metalearn.results import Result
+from metalearn.shown import Shown
+from metalearn.unravel import heuristic_range
+
+
+def show(results: Sequence[Result]) -> Shown:
+    """See `metalearn.unravel.heuristic_range`."""
+    return heuristic_range.draw("Figure 10(b): the heuristic range, sine curves", "fig10b", results)
