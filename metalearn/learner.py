@@ -101,6 +101,7 @@ class MetaLearner(pl.LightningModule, ABC):
         self.compiler: Compiler | None = None
         self.enlarged: Enlarged | None = None
         self.aux: dict[str, Tensor] = {}
+        self._traced: list[tuple[int, dict[str, Tensor]]] = []
         self.automatic_optimization = False
         self.watch(["batch"], "headline")
         rewrites = self.regularizer.overrides("task_gradients")
@@ -180,6 +181,16 @@ class MetaLearner(pl.LightningModule, ABC):
         """What a log line says besides loss and rate: task means of the last meta-step's `aux`, and of its weights."""
         found = {k: float(v.double().mean()) for k, v in self.aux.items() if k != "weight"}
         return found | (self.combine.reports(self.aux["weight"]) if self.combine and "weight" in self.aux else {})
+
+    def traces(self) -> dict[str, Tensor]:
+        """Numbers that the log has of every meta-step, however far apart its lines are; default: none."""
+        return {}
+
+    def take_traces(self) -> dict[int, dict[str, float]]:
+        """`traces` of the meta-steps since the last call, by meta-step; read from the device at once."""
+        taken, self._traced = self._traced, []
+        values = torch.stack([torch.stack(list(v.values())) for _, v in taken]).tolist() if taken else []
+        return {step: dict(zip(v, row, strict=True)) for (step, v), row in zip(taken, values, strict=True)}
 
     def findings(self) -> dict[str, dict[str, Any]]:
         """Metrics of a result that are of what was learned, and no scores of tasks; default: none."""
@@ -350,6 +361,8 @@ class MetaLearner(pl.LightningModule, ABC):
             self.running.absorb(result.seen)
             self.absorb(result.state)
         self.meta_steps += 1
+        if traced := self.traces():
+            self._traced.append((self.meta_steps, {k: v.detach().clone() for k, v in traced.items()}))
         return result
 
     def _moving(self, result: MetaGradient, optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Tensor]]:

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,10 +33,11 @@ class MetricsFile:
             with open(path, "ab") as file:  # a killed attempt left half a line
                 file.write(b"\n")
 
-    def write(self, step: int, values: dict[str, Any]) -> None:
-        """Append one line."""
+    def write(self, rows: Mapping[int, dict[str, Any]]) -> None:
+        """Append a line for each meta-step."""
+        lines = [json.dumps({"attempt": self.attempt, "step": s, **v}, allow_nan=False) for s, v in rows.items()]
         with open(self.path, "a") as file:
-            file.write(json.dumps({"attempt": self.attempt, "step": step, **values}, allow_nan=False) + "\n")
+            file.write("".join(line + "\n" for line in lines))
 
 
 def gather(stacks: list[dict[K, T]], ranks: int, total: int) -> dict[K, T]:
@@ -151,8 +153,11 @@ class Recorder(pl.Callback):
         learner, data = _ours(trainer, pl_module)
         data.step_seconds = max(1e-6, (time.monotonic() - self._began) / len(batch))
         step, last = learner.meta_steps, learner.meta_steps == data.max_steps
+        rows = learner.take_traces()
         if step // self.log_every != self._logged // self.log_every or last:
-            self.note(trainer, step, {"loss": float(learner.train_loss), "lr": learner.rate} | learner.reports())
+            line = {"loss": float(learner.train_loss), "lr": learner.rate} | learner.reports()
+            rows[step] = rows.get(step, {}) | line
+        self._note_all(trainer, rows)
         self._logged = step
         validates = bool(data.val_every) and (step % data.val_every == 0 or last)
         if not validates and (last or time.monotonic() - self._saved > self.save_seconds):
@@ -188,6 +193,10 @@ class Recorder(pl.Callback):
         learner, data = _ours(trainer, pl_module)
         trainer.should_stop = learner.meta_steps >= data.max_steps
 
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if isinstance(pl_module, MetaLearner):
+            self._note_all(trainer, pl_module.take_traces())  # of a call that did not come to its end
+
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
@@ -208,12 +217,18 @@ class Recorder(pl.Callback):
 
     def note(self, trainer: pl.Trainer, step: int, values: dict[str, float]) -> None:
         """Write numbers of a meta-step to the log and its mirrors; None for those that are not finite."""
-        values = {k: v if math.isfinite(v) else None for k, v in values.items()}  # type: ignore[misc]
-        row = {**values, "seconds": round(self.elapsed, 3)}
-        if self.metrics:
-            self.metrics.write(step, row)
+        self._note_all(trainer, {step: values})
+
+    def _note_all(self, trainer: pl.Trainer, values: Mapping[int, dict[str, float]]) -> None:
+        """`note` of several meta-steps, in one go."""
+        seconds, rows = round(self.elapsed, 3), {}
+        for step, own in values.items():
+            rows[step] = {**{k: v if math.isfinite(v) else None for k, v in own.items()}, "seconds": seconds}
+        if self.metrics and rows:
+            self.metrics.write(rows)
         for logger in trainer.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
+            for step, row in rows.items():
+                logger.log_metrics({k: v for k, v in row.items() if v is not None}, step=step)
 
     def _progress(self, trainer: pl.Trainer, learner: MetaLearner, data: Episodes, value: float | None = None) -> None:
         """One line: rewritten in place on a terminal, printed at each validation elsewhere."""

@@ -2,6 +2,9 @@
 
 import json
 import math
+import signal
+import subprocess
+import time
 from types import SimpleNamespace
 
 import oracles
@@ -10,13 +13,17 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import assert_close, meta_batch, plain_maml
-from runs import cell_of, checkpoint, folder, result
+from runs import assert_twins, cell_of, checkpoint, command, console, folder, result
 from table import create, select, step, tasks_for, trained
 
+from metalearn.algorithms import MAML
 from metalearn.cells import expand
 from metalearn.compiled import Compiler
+from metalearn.figures import series
+from metalearn.results import Result
 from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import BadInput
+from metalearn.selection import select as results_of
 
 pytestmark = pytest.mark.usefixtures("compose_once")
 KINDS = ["classification", "regression"]
@@ -156,11 +163,15 @@ def logged(output, cell, name):
     return {r["step"]: r[name] for r in rows if name in r}
 
 
-def test_a_run_logs_the_rate_and_reports_that_of_the_tested_checkpoint(tmp_path):
-    cell = cell_of(tmp_path, *ONLINE, "trainer.max_steps=12", "trainer.val_every=5", "trainer.log_every=1")
+@pytest.mark.parametrize("per_call", [1, 7])
+def test_a_run_logs_every_rate_and_reports_that_of_the_tested_checkpoint(tmp_path, per_call):
+    """Lines of the loss are as far apart as in all runs: the last meta-step's is the only one here."""
+    more = ("trainer.max_steps=12", "trainer.val_every=5", f"trainer.meta_steps_per_call={per_call}")
+    cell = cell_of(tmp_path, *ONLINE, *more)
     assert run(cell) == "done"
     rates, found = logged(tmp_path, cell, "alpha"), result(tmp_path, cell)
     assert list(rates) == list(range(1, 13)) and len(set(rates.values())) == 12
+    assert cell.config["trainer"]["log_every"] > 12 and list(logged(tmp_path, cell, "loss")) == [12]
     tested = found["metrics"]["alpha_star"]
     assert tested["mean"] == rates[found["protocol"]["selection"]["step"]] and tested["unit"] == "1"
     assert next(iter(found["metrics"])) == "mse"  # the headline
@@ -168,8 +179,59 @@ def test_a_run_logs_the_rate_and_reports_that_of_the_tested_checkpoint(tmp_path)
     assert float(state["running_rate.value"]) == rates[12]
 
 
+def test_every_rate_is_a_row_of_the_log_and_a_point_of_a_figure(tmp_path):
+    """The rates are those of the same run with a line for every meta-step."""
+    cells = [cell_of(tmp_path / str(n), *ONLINE, "trainer.max_steps=13", f"trainer.log_every={n}") for n in (10, 1)]
+    for cell in cells:
+        run(cell)
+    sparse, dense = (Result(folder(tmp_path / n, c), {}).log() for n, c in zip(("10", "1"), cells, strict=True))
+    assert sparse["step"].tolist() == dense["step"].tolist() == list(range(1, 14))
+    assert sparse["alpha"].tolist() == dense["alpha"].tolist()
+    assert sparse["loss"].notna().sum() == 2 and dense["loss"].notna().sum() == 13
+    entries = results_of(["algorithm=anil"], place=tmp_path / "10")
+    drawn = series.plot(entries, series.Request(x="meta_step", metric="alpha"))
+    assert [(p.place.x, p.mean) for p in drawn.points] == list(enumerate(sparse["alpha"], 1))
+
+
+def test_without_a_running_rate_lines_are_as_far_apart_as_ever(tmp_path):
+    cell = cell_of(tmp_path, "trainer.max_steps=12", "trainer.val_every=0", "trainer.log_every=10")
+    run(cell)
+    rows = [json.loads(x) for x in (folder(tmp_path, cell) / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [10, 12]
+
+
+def test_a_diverged_run_has_logged_its_last_rate(tmp_path, monkeypatch):
+    """Also those of the call that does not come to its end."""
+    more = ("trainer.max_steps=12", "trainer.val_every=0", "trainer.meta_steps_per_call=10")
+    cell, guard = cell_of(tmp_path, *ONLINE, *more), MAML._guard
+
+    def bad(self, result, batch):
+        guard(self, result._replace(finite=batch.step < 4), batch)
+
+    monkeypatch.setattr(MAML, "_guard", bad)
+    assert run(cell) == "diverged"
+    assert list(logged(tmp_path, cell, "alpha")) == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_killed_and_started_again_it_has_the_bits_and_the_rates_of_its_twin(tmp_path):
+    more = (*ONLINE, "trainer.max_steps=400", "trainer.val_every=60", "trainer.save_seconds=0.05")
+    cell = cell_of(tmp_path, *more)
+    assert console(tmp_path / "twin", *more).returncode == 0
+    process = subprocess.Popen(command(tmp_path / "killed", *more), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(tmp_path.glob("killed/runs/*/checkpoints/*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder(tmp_path / "killed", cell) / "result.json").exists()
+    assert console(tmp_path / "killed", *more).returncode == 0
+    assert_twins(tmp_path / "twin", tmp_path / "killed", cell)
+    twin, killed = (Result(folder(tmp_path / n, cell), {}).log()[["step", "alpha"]] for n in ("twin", "killed"))
+    assert twin["step"].tolist() == list(range(1, 401)) and killed.equals(twin)
+
+
 def test_validation_and_test_adapt_at_the_estimate(tmp_path):
-    cell = cell_of(tmp_path, *ONLINE, "trainer.max_steps=3", "trainer.val_every=3", "trainer.log_every=1")
+    cell = cell_of(tmp_path, *ONLINE, "trainer.max_steps=3", "trainer.val_every=3")
     run(cell)
     rate = logged(tmp_path, cell, "alpha")[3]
     assert logged(tmp_path, cell, "val_mse")[3] == pytest.approx(scores(tmp_path, cell, "val", rate), rel=1e-6)

@@ -146,7 +146,7 @@ def test_divergence_is_a_result(tmp_path):
 def test_half_a_line_of_a_killed_attempt_is_fenced_off(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"attempt": 1, "step": 1}\n{"attempt": 1, "st')
-    training.MetricsFile(path, 2).write(1, {"loss": 0.5})
+    training.MetricsFile(path, 2).write({1: {"loss": 0.5}})
     assert json.loads(path.read_text().splitlines()[-1]) == {"attempt": 2, "step": 1, "loss": 0.5}
 
 

@@ -157,6 +157,8 @@ def test_disk_counts_two_checkpoints_of_each_kind():
     own = config(max_steps=100, val_every=50, log_every=10, test_episodes=200)
     assert SPEED.disk(own) == 4 * 1000 + (10 + 2) * 100 + 200 * 10 + 5000
     assert SPEED.disk(config(max_steps=100, val_every=0, log_every=10, test_episodes=200)) == SPEED.disk(own) - 3200
+    online = own | {"algorithm": own["algorithm"] | {"alpha": "online"}}  # logged at every meta-step
+    assert SPEED.disk(online) == SPEED.disk(own) + 90 * 100
 
 
 # ---- waves -------------------------------------------------------------------------------------------------------

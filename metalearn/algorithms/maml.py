@@ -170,6 +170,10 @@ class MAML(MetaLearner):
         """Adds the rate, where it is estimated."""
         return super().reports() | ({"alpha": float(self.alpha)} if self.running_rate else {})
 
+    def traces(self) -> dict[str, Tensor]:
+        """The running estimate of the rate, which each meta-step changes."""
+        return {} if self.running_rate is None else {"alpha": self.running_rate.value}
+
     def findings(self) -> dict[str, dict[str, Any]]:
         """The estimated rate as `alpha_star`: that before training, or the running one of the tested checkpoint."""
         if self.estimated_rate is not None and self.estimated_rate.found:

@@ -61,7 +61,9 @@ class Trainer:
     meta_steps_per_call: int = key(
         0, "meta-steps in one call of Lightning's training_step; 0 for a tenth of a second", ge=0, touches="none"
     )
-    log_every: int = key(10, "meta-steps between lines of metrics.jsonl", ge=1, touches="none")
+    log_every: int = key(
+        10, "meta-steps between lines of metrics.jsonl; a running alpha has one of each", ge=1, touches="none"
+    )
     save_seconds: float = key(
         60.0, "seconds between checkpoints (besides one after each validation)", gt=0, touches="none"
     )

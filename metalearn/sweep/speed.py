@@ -154,7 +154,8 @@ class Speed:
         """Bytes of the cell's folder when it is finished, without those of W&B."""
         trainer, looks = config["trainer"], validations(config)
         checkpoints = min(GENERATIONS, looks) + min(GENERATIONS, max(looks, 1))  # best, last
-        lines = -(-trainer["max_steps"] // trainer["log_every"]) + looks
+        every = 1 if config["algorithm"].get("alpha") == "online" else trainer["log_every"]
+        lines = -(-trainer["max_steps"] // every) + looks
         rows = trainer["test_episodes"] * self.row + prepared_tasks(config) * self.kept
         return checkpoints * self.checkpoint + lines * self.line + rows + self.other
 
