@@ -54,8 +54,20 @@ def test_the_estimate_is_that_of_explicit_tangent_features(report):
     assert report["about"]["moving"] == support.shape[2] == 16
     heuristic = report["heuristic"]
     assert (heuristic["least"], heuristic["largest"]) == (float(support.min()), float(support.max()))
-    assert (heuristic["width"], heuristic["observations"]) == (16, 60)
-    assert heuristic["low"] == pytest.approx(2 / 16) and heuristic["high"] == pytest.approx(60 / 16)
+    trainer, shot = cell_of().config["trainer"], 10
+    n = trainer["max_steps"] * trainer["meta_batch_size"] * shot  # of all training, as in unravel/fig10
+    assert (heuristic["width"], heuristic["observations"]) == (16, n)
+    assert heuristic["low"] == pytest.approx(2 / 16) and heuristic["high"] == pytest.approx(n / 16)
+
+
+def test_the_heuristic_range_is_of_training_and_not_of_the_drawn_tasks():
+    """Those say how far features go, and nothing else: for features in [0, 1] the range is the same for any number."""
+    found = [estimate.heuristic(*objects(cell_of(), 1.0, tasks), 7) for tasks in (4, 24)]
+    assert [(f.low, f.high, f.width, f.observations) for f in found] == [(2 / 16, 70 / 16, 16, 70)] * 2
+    for f in found:
+        assert (f.scaled_low, f.scaled_high) == pytest.approx([v / (f.largest - f.least) ** 2 for v in (f.low, f.high)])
+    small = estimate.heuristic(*objects(cell_of(), 1.0, 4), 1)  # N K = 10 < d = 16
+    assert (small.low, small.high, small.width) == (2 / 10, 1, 10)
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "anil", "meta_sgd", "mtnet"])
@@ -125,6 +137,19 @@ def test_best_alpha_and_its_interval_come_from_the_losses():
     assert (sure, *ends) == (0.2, 0.2, 0.2)
 
 
+def test_no_alpha_is_best_where_none_helps():
+    learner, batch = objects(cell_of(), 1.0, 4)
+    found = estimate.curve(learner, batch, [10.0, 1e3, 1e300])
+    assert (found.best, found.low, found.high) == (None, None, None)
+    assert found.losses[0] > found.start and found.losses[2] is None and found.halves[2] is None
+    helped = estimate.curve(learner, batch, [1e-3, 10.0])
+    assert (helped.best, helped.start) == (1e-3, found.start) and helped.losses[0] < helped.start
+
+
+def test_a_sweep_follows_no_alpha_that_does_not_help():
+    assert estimate.sweep(0.04, None) == estimate.sweep(0.04, 0.04) == [0.01, 0.02, 0.04, 0.08, 0.16]
+
+
 @pytest.mark.parametrize(("star", "best"), [(0.04, 0.02), (0.017, 0.27), (1.0, 1.0), (0.3, 0.001)])
 def test_values_to_sweep_surround_the_estimate_and_the_best_step(star, best):
     found = estimate.sweep(star, best)
@@ -151,6 +176,98 @@ def test_files_and_the_printed_sweep(tmp_path, capsys):
     assert written["curve"]["alphas"] == [0.01, 0.1]
 
 
+@pytest.mark.parametrize("given", [["--alphas", "1e300,1e301"], ["study=corollary1"], ["experiment=unravel/fig1"]])
+def test_bad_input_is_one_line_and_leaves_nothing(given, tmp_path):
+    small = [] if "=" in given[0] else [*SMALL, "--tasks", "3"]
+    with pytest.raises(BadInput) as refused:
+        command.main([*small, *given, f"output_dir={tmp_path}"])
+    assert str(refused.value).startswith(("alpha: --alphas=1e+300 .. 1e+301: ", "alpha: study=")) and not list(
+        tmp_path.iterdir()
+    )
+    assert "\n" not in str(refused.value)
+
+
+def test_a_picture_that_cannot_be_drawn_leaves_no_other_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(picture, "encoded", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command.main([*SMALL, "--tasks", "3", "--alphas", "0.1,0.01", f"output_dir={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def table_of(printed: str) -> list[list[str]]:
+    """The words of each row of the one-step curve."""
+    rows = printed.splitlines()
+    (first,) = (i for i, row in enumerate(rows) if row.startswith("alpha "))
+    return [row.split() for row in rows[first + 1 : rows.index("", first)]]
+
+
+def test_the_printed_table_is_the_curve(report):
+    curve = report["curve"] | {"alphas": [0.01, 0.05, 0.2, 7.0], "best": 0.05}
+    curve |= {"losses": [3.0, 2.5, 4.25, None], "halves": [0.125, 0.5, None, None], "start": 3.5}
+    printed = command.text(report | {"curve": curve, "sweep_command": "metalearn"})
+    assert table_of(printed) == [
+        ["0", "3.5"],
+        ["0.01", "3", "-0.5", "+-", "0.125"],
+        ["0.05", "2.5", "-1", "+-", "0.5", "best"],
+        ["0.2", "4.25", "+0.75", "+-", "not", "finite"],
+        ["7", "not", "finite"],
+    ]
+    line = next(row for row in printed.splitlines() if row.startswith("one step, best"))
+    assert "of the 4 alphas below: query loss 2.5 after a step, 3.5 without" in line
+
+
+def test_a_curve_on_which_no_step_helps_is_no_advice(tmp_path, capsys):
+    words = [*SMALL, "--tasks", "3", "--alphas", "100,1e6", "--output", str(tmp_path)]
+    assert command.main(words) == 0
+    printed, written = capsys.readouterr().out, json.loads((tmp_path / "alpha.json").read_text())
+    star = written["alpha_star"]["value"]
+    assert written["sweep"] == estimate.sweep(star, star) and written["curve"]["best"] is None
+    line = next(row for row in printed.splitlines() if row.startswith("one step, best"))
+    assert line.split()[3] == "none" and "no step lowers the query loss" in line
+    assert "the sweep is around alpha* alone; --alphas goes lower" in printed and "times alpha*" not in printed
+
+
+@pytest.mark.parametrize(
+    ("sweep", "steps", "words"),
+    [
+        ([0.5, 1.0], (5, 10), None),
+        ([0.5, 1.0, 3.0], (5, 10), "1 of the sweep's 3 values are beyond 2 / lambda_max: at 3 a step multiplies the "
+         "quadratic model's error in its sharpest direction by 5. The run takes 5 in training and 10 in test: several"),
+        ([0.5, 1.5, 2.0], (1, 1), "2 of the sweep's 3 values are beyond 2 / lambda_max: at 2 a step multiplies the "
+         "quadratic model's error in its sharpest direction by 3. The run takes single steps"),
+    ],
+)  # fmt: skip
+def test_a_sweep_beyond_the_stability_bound_is_said_in_one_line(report, sweep, steps, words):
+    """On a loss lambda (w - a)^2 / 2 with 2 / lambda = 1, w - a becomes (1 - 2 alpha)(w - a)."""
+    about = report["about"] | dict(zip(("inner_steps", "test_steps"), steps, strict=True))
+    changed = {"about": about, "stability": report["stability"] | {"median": 1.0}, "sweep": sweep}
+    printed = command.text(report | changed | {"sweep_command": "metalearn"})
+    lines = [row for row in printed.splitlines() if "beyond" in row]
+    assert [row[: len(words or "")] for row in lines] == ([] if words is None else [words])
+
+
+def test_the_report_has_the_steps_of_the_run(report):
+    section = cell_of().config["algorithm"]
+    assert {k: report["about"][k] for k in ("inner_steps", "test_steps")} == {
+        k: section[k] for k in ("inner_steps", "test_steps")
+    }
+
+
+def test_the_printed_sweep_can_be_pasted(tmp_path, capsys):
+    """With folders of yaml files of one's own, and what a shell would take for patterns or for several words."""
+    own = tmp_path / "my yaml"
+    (own / "backbone").mkdir(parents=True)
+    (own / "backbone" / "own.yaml").write_text("defaults: [mlp]\nhidden: [3]\n")
+    given = ["dataset=sinusoid", "backbone=own", "backbone.hidden=[4]", "hydra/launcher=joblib", f"--config-dir={own}"]
+    assert command.main([*given, "--tasks", "3", "--alphas", "0.1,0.01", "--output", str(tmp_path / "out")]) == 0
+    row = next(r for r in capsys.readouterr().out.splitlines() if r.startswith("metalearn -m "))
+    assert "'backbone.hidden=[4]'" in row
+    _, _, place, *words = shlex.split(row)
+    assert place == f"--config-dir={own}" and "hydra/launcher=joblib" in words
+    found = cells.expand(words, [place.removeprefix("--config-dir=")])
+    assert {tuple(c.config["backbone"]["hidden"]) for c in found} == {(4,)} and len(found) >= 5
+
+
 def test_the_picture_names_what_it_marks(report):
     drawn = picture.figure(report)
     (axis,) = drawn.axes
@@ -160,6 +277,39 @@ def test_the_picture_names_what_it_marks(report):
         assert part in words
     low, high = axis.get_xlim()
     assert low < report["alpha_star"]["value"] < high
+
+
+EXPLODES = {"alphas": [0.01, 0.1, 1.0, 10.0, 100.0], "start": 3.0, "best": 0.1, "low": 0.1, "high": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("losses", "halves", "ends"),
+    [
+        ([2.9, 0.3, 9.0, 2e3, 3e4], [0.1, 0.2, 8.0, 2e3, 4e4], (0.0, 5.7)),
+        ([2.9, 2.0, 2.5, 1e300, None], [0.1, 0.2, 0.4, 1e300, None], (1.69, 4.0)),
+        ([2.9, 0.3, 2.0, 1e5, 1e9], [9.0, 9.0, 9.0, 1e6, 1e9], (0.0, 8.4)),
+        ([2.9, 2.88, 1e5, 1e6, 1e7], [0.01, 0.02, 1e5, 1e6, 1e7], (2.85, 3.15)),
+    ],
+    ids=["above", "not finite", "few tasks", "little"],
+)
+def test_the_y_axis_is_of_what_is_shown(report, losses, halves, ends):
+    """It holds the start and the best and the bands, no loss below 0, and nothing of the alphas that explode."""
+    changed = report | {"curve": EXPLODES | {"losses": losses, "halves": halves}}
+    (axis,) = picture.figure(changed).axes
+    low, high = axis.get_ylim()
+    assert 0 <= low <= losses[1] < 3.0 < high and (low, high) == pytest.approx(ends, rel=0.01, abs=1e-9)
+    assert axis.get_yscale() == "linear"
+    assert 3.0 - losses[1] >= 0.3 * (high - low)  # no flat line
+    picture.encoded(changed, "png")  # draws without warnings
+
+
+def test_where_no_step_helps_the_picture_has_all_on_a_logarithmic_axis(report):
+    losses = [4.0, 50.0, 1e13, 1e307, None]
+    curve = EXPLODES | {"losses": losses, "halves": [9.0, 1.0, 1e13, 1e307, None], "best": None}
+    (axis,) = picture.figure(changed := report | {"curve": curve}).axes
+    low, high = axis.get_ylim()
+    assert axis.get_yscale() == "log" and 0 < low < 3.0 and high > 1e99
+    picture.encoded(changed, "png")
 
 
 def test_a_picture_of_losses_that_are_not_finite(report):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from metalearn import cells
 from metalearn.cells import Cell
 from metalearn.ledger import write_atomically, write_json
 from metalearn.options import Parser, config_dirs, whole
-from metalearn.schema import BadInput, fields_of, member_of
+from metalearn.schema import BadInput, fields_of, is_study, member_of
 
 DESCRIPTION = """What a run's inner learning rate should be, from its own training tasks before any training.
 
@@ -23,7 +24,7 @@ Prints and draws, at the run's initial parameters and for its own inner loss, ne
 - alpha* = E tr(A B) / E tr(A B A) of neural tangent features, A and B the Gauss-Newton curvatures of support and query
   loss (Zou, Liu & Li, ICLR 2022, Corollary 2; for the mean squared error exactly that), and with B = A (eq. 3.3);
   this is what algorithm.alpha=auto takes
-- the heuristic range H.18 (mean squared error)
+- the heuristic range H.18 (mean squared error), whose n is the N K support outputs of all training
 - 2 / lambda_max of the support loss, from which on gradient steps on its quadratic model diverge
 - the query loss after one step of the algorithm's own, over alphas, on the same tasks
 - values to sweep, as a command
@@ -70,11 +71,13 @@ def main(arguments: Sequence[str]) -> int:
     from metalearn.alpha import picture, study
 
     report = study.study(cell, tasks=options.tasks, probes=options.probes, alphas=options.alphas)
-    report["sweep_command"] = command(cell, report["sweep"])
+    more = [f"--config-dir={d}" for d in config_dirs(options)] + [o for o in options.overrides if cells.is_hydra(o)]
+    report["sweep_command"] = command(cell, report["sweep"], more)
+    drawn = {kind: picture.encoded(report, kind) for kind in ("png", "svg")}  # all before the first file
     folder = options.output or Path(cell.config["output_dir"]) / "alpha" / cell.cell_id
     write_json(folder / "alpha.json", report)
-    for kind in ("png", "svg"):
-        write_atomically(folder / f"alpha.{kind}", picture.encoded(report, kind))
+    for kind, content in drawn.items():
+        write_atomically(folder / f"alpha.{kind}", content)
     print(text(report) + f"\n{folder / 'alpha.json'}, alpha.png, alpha.svg")
     return 0
 
@@ -83,8 +86,10 @@ def refuse(cell: Cell) -> None:
     """Say why the run has no alpha that could be estimated, if so.
 
     Raises:
-        BadInput: naming the algorithm, or the key.
+        BadInput: naming the study, the algorithm, or the key.
     """
+    if is_study(cell.config):
+        raise BadInput(f"alpha: study={cell.config['study']['name']}: trains nothing, so it has no inner learning rate")
     section = cell.config["algorithm"]
     schema = member_of("algorithm", section)
     if "auto" not in schema.alpha_words:
@@ -97,10 +102,10 @@ def refuse(cell: Cell) -> None:
         raise BadInput(problem)
 
 
-def command(cell: Cell, values: Sequence[float]) -> str:
-    """A sweep over these values with the other keys of the cell."""
+def command(cell: Cell, values: Sequence[float], more: Sequence[str] = ()) -> str:
+    """A sweep over these values with the other keys of the cell, and more arguments, as a shell takes it."""
     others = [o for o in cell.overrides if not o.startswith("algorithm.alpha=")]
-    return " ".join(["metalearn -m", *others, "algorithm.alpha=" + ",".join(f"{v:g}" for v in values)])
+    return shlex.join(["metalearn", "-m", *more, *others, "algorithm.alpha=" + ",".join(f"{v:g}" for v in values)])
 
 
 def text(report: dict[str, Any]) -> str:
@@ -112,7 +117,7 @@ def text(report: dict[str, Any]) -> str:
         ("  same set", number(same["value"]), _between(same), "curvature on support sets (eq. 3.3)"),
         _heuristic(report["heuristic"]),
         _stability(report["stability"]),
-        _curve(report["curve"]),
+        _best(report["curve"]),
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows]
@@ -120,7 +125,8 @@ def text(report: dict[str, Any]) -> str:
         f"\n{about['algorithm']} on {about['dataset']} with {about['backbone']}, seed {about['seed']}: {star['tasks']} "
         f"training tasks before training, {about['moving']:,} parameters move"
     )
-    return "\n".join([title, *lines, "", *_advice(report), report["sweep_command"]])
+    said = [*_on_the_best(report), *_on_stability(report)]
+    return "\n".join([title, *lines, "", *_curve(report["curve"]), "", *said, report["sweep_command"]])
 
 
 def _heuristic(found: dict[str, Any] | None) -> tuple[str, str, str, str]:
@@ -129,8 +135,8 @@ def _heuristic(found: dict[str, Any] | None) -> tuple[str, str, str, str]:
     scaled = f"{number(found['scaled_low'])} .. {number(found['scaled_high'])}"
     return (
         "heuristic range", "", f"{number(found['low'])} .. {number(found['high'])}",
-        f"H.18 for features in [0, 1], n = {found['observations']}; for these, in [{found['least']:.2g}, "
-        f"{found['largest']:.2g}]: {scaled}",
+        f"H.18 for features in [0, 1], n = N K = {found['observations']:,} in training; for these, in "
+        f"[{found['least']:.2g}, {found['largest']:.2g}]: {scaled}",
     )  # fmt: skip
 
 
@@ -142,17 +148,38 @@ def _stability(found: dict[str, Any]) -> tuple[str, str, str, str]:
     )  # fmt: skip
 
 
-def _curve(found: dict[str, Any]) -> tuple[str, str, str, str]:
+def _best(found: dict[str, Any]) -> tuple[str, str, str, str]:
+    grid = f"of the {len(found['alphas'])} alphas below"
+    if found["best"] is None:
+        return "one step, best", "none", "", f"{grid}: no step lowers the query loss, {found['start']:.4g} without"
     at = found["alphas"].index(found["best"])
     return (
         "one step, best", number(found["best"]), _between(found),
-        f"query loss {found['losses'][at]:.4g} after a step, {found['start']:.4g} before",
+        f"{grid}: query loss {found['losses'][at]:.4g} after a step, {found['start']:.4g} without",
     )  # fmt: skip
 
 
-def _advice(report: dict[str, Any]) -> list[str]:
-    """What does not agree, said in words."""
-    star, best = report["alpha_star"]["value"], report["curve"]["best"]
+def _curve(found: dict[str, Any]) -> list[str]:
+    """The one-step curve as a table."""
+    rows = [("alpha", "query loss after one step", "change (+- 95 % over tasks)"), ("0", f"{found['start']:.4g}", "")]
+    for alpha, loss, half in zip(found["alphas"], found["losses"], found["halves"], strict=True):
+        if loss is None:
+            rows.append((number(alpha), "not finite", ""))
+            continue
+        width = "not finite" if half is None else number(half)
+        best = "  best" if alpha == found["best"] else ""
+        rows.append((number(alpha), f"{loss:.4g}", f"{loss - found['start']:+.3g} +- {width}{best}"))
+    widths = [max(len(r[i]) for r in rows) for i in range(2)]
+    return ["  ".join([*(c.ljust(w) for c, w in zip(r, widths, strict=False)), r[2]]).rstrip() for r in rows]
+
+
+def _on_the_best(report: dict[str, Any]) -> list[str]:
+    """What the curve says besides alpha*, in words."""
+    star, curve = report["alpha_star"]["value"], report["curve"]
+    best, alphas = curve["best"], curve["alphas"]
+    if best is None:
+        lower = "; --alphas goes lower" if alphas[0] > star else ""
+        return [f"No alpha of the table lowers the query loss: the sweep is around alpha* alone{lower}."]
     lines, ratio = [], best / star
     if not 1 / 4 <= ratio <= 4:
         times = f"{ratio:.1f} times" if ratio > 1 else f"{1 / ratio:.1f} times less than"
@@ -160,9 +187,28 @@ def _advice(report: dict[str, Any]) -> list[str]:
             f"The best single step is {times} alpha*, which takes errors to be alike in all directions; the sweep has "
             "both."
         )
-    if best in (report["curve"]["alphas"][0], report["curve"]["alphas"][-1]):
+    if best in (alphas[0], alphas[-1]):
         lines.append("The curve's best alpha is at its end: --alphas goes further.")
     return lines
+
+
+def _on_stability(report: dict[str, Any]) -> list[str]:
+    """What it means that the sweep goes beyond 2 / lambda_max, if it does.
+
+    There a step takes the error in the sharpest direction of the quadratic model times 1 - alpha lambda_max < -1.
+    """
+    bound, sweep, about = report["stability"]["median"], report["sweep"], report["about"]
+    if bound is None or max(sweep) <= bound:
+        return []
+    beyond = sum(alpha > bound for alpha in sweep)
+    what = (
+        f"{beyond} of the sweep's {len(sweep)} values are beyond 2 / lambda_max: at {max(sweep):g} a step multiplies "
+        f"the quadratic model's error in its sharpest direction by {2 * max(sweep) / bound - 1:.2g}."
+    )
+    inner, test = about["inner_steps"], about["test_steps"]
+    if max(inner, test) <= 1:
+        return [f"{what} The run takes single steps, for which the table says what helps."]
+    return [f"{what} The run takes {inner} in training and {test} in test: several may diverge where one helps."]
 
 
 def _between(found: dict[str, Any]) -> str:

@@ -78,8 +78,9 @@ def star(learner: MAML, batch: MetaBatch, *, same: bool = False, probes: int | N
 class Range(NamedTuple):
     """The heuristic range of alpha (H.18), and what it is made of.
 
-    low, high: 2 / d and n / d, for features in [0, 1] as the paper has it. scaled_low, scaled_high: the same divided by
-    the square of these features' range, `least` to `largest`. width: d, or N K if that is smaller. observations: n.
+    low, high: 2 / width and n / width, for features in [0, 1] as the paper has it. scaled_low, scaled_high: the same
+    divided by the square of these features' range, `least` to `largest`. width: d, or N K if that is smaller.
+    observations: n = N K.
     """
 
     low: float
@@ -95,12 +96,14 @@ class Range(NamedTuple):
 def heuristic(learner: MAML, batch: MetaBatch, tasks: int) -> Range | None:
     """[2, n] / min(N K, d), from bounds on the variance of features: H.18.
 
-    For the mean squared error only, from which it is derived; None otherwise. Features are the d tangent features of
-    the drawn tasks, and n is the number of these tasks' support outputs (the paper does not say what n is).
+    For the mean squared error only, from which it is derived; None otherwise. Features are the d tangent features, K
+    is a task's number of support outputs, and n = N K, those of all training, for which the features' variance is
+    bounded (the paper does not say what n is; `unravel/fig10` has the same). So the drawn tasks matter for the range
+    of the features alone, and the upper end grows with the length of training until it says nothing.
 
     Args:
         learner: its `alpha` plays no part.
-        batch: tasks.
+        batch: tasks that show the features' range.
         tasks: N, all tasks of training.
     """
     if learner.kind != "regression":
@@ -115,10 +118,9 @@ def heuristic(learner: MAML, batch: MetaBatch, tasks: int) -> Range | None:
     found = _each(learner, batch, ends)
     rows, least, largest = found[0][0], min(f[1] for f in found), max(f[2] for f in found)
     width = sum(p.numel() for k, p in learner.net.named_parameters() if learner.moves(k))
-    seen = batch.episodes.tasks * rows
-    paper = heuristic_range(tasks, rows, width, seen)
-    own = heuristic_range(tasks, rows, width, seen, least, largest)
-    return Range(*paper, *own, least, largest, min(tasks * rows, width), seen)
+    paper = heuristic_range(tasks, rows, width)
+    own = heuristic_range(tasks, rows, width, low=least, high=largest)
+    return Range(*paper, *own, least, largest, min(tasks * rows, width), tasks * rows)
 
 
 class Stability(NamedTuple):
@@ -153,16 +155,16 @@ class Curve(NamedTuple):
 
     Mean loss for each alpha, and the 95 % half-width over tasks of its difference from `start`, the loss without a
     step; None where it is not finite. `best` is the alpha of the least mean loss, and `low` and `high` are its 95 %
-    bootstrap interval over tasks.
+    bootstrap interval over tasks, all three out of `alphas`; None if no mean loss is below `start`.
     """
 
     alphas: list[float]
     losses: list[float | None]
     halves: list[float | None]
     start: float
-    best: float
-    low: float
-    high: float
+    best: float | None
+    low: float | None
+    high: float | None
 
 
 def curve(learner: MAML, batch: MetaBatch, alphas: Sequence[float]) -> Curve:
@@ -187,8 +189,10 @@ def curve(learner: MAML, batch: MetaBatch, alphas: Sequence[float]) -> Curve:
     found, before = torch.stack(rows), losses(0)
     means = [_finite(float(row.mean())) for row in found]
     halves = [_finite(over_tasks((row - before).cpu().numpy()).half) for row in found]
-    best, ends = _least(found, alphas)
-    return Curve(list(alphas), means, halves, float(before.mean()), best, *ends)
+    start, (best, ends) = float(before.mean()), _least(found, alphas)
+    lowest = means[list(alphas).index(best)]
+    helps = lowest is not None and lowest < start
+    return Curve(list(alphas), means, halves, start, *((best, *ends) if helps else (None, None, None)))
 
 
 def _least(losses: Tensor, alphas: Sequence[float]) -> tuple[float, Interval]:
@@ -205,11 +209,12 @@ def ladder(low: float, high: float, count: int) -> list[float]:
     return [low * (high / low) ** (i / (count - 1)) for i in range(count)]
 
 
-def sweep(star: float, best: float) -> list[float]:
+def sweep(star: float, best: float | None) -> list[float]:
     """Values to sweep, two digits each: by factors of two around the estimate, and beyond the curve's best.
 
-    At most seven, further apart if the two are far from each other.
+    At most seven, further apart if the two are far from each other. Without a best, around the estimate alone.
     """
+    best = star if best is None else best
     low, high = min(star / 4, best / 2), max(star * 4, best * 2)
     count = min(7, 1 + round(math.log2(high / low)))
     return [float(f"{v:.2g}") for v in ladder(low, high, count)]

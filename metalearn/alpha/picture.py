@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from metalearn.figures import draw
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 CURVE, STAR, RANGE, BOUND = draw.COLOURS[0], draw.COLOURS[1], draw.COLOURS[2], draw.COLOURS[3]
 UNITS = {"mse": "query MSE (target units$^2$)", "cross-entropy": "query cross-entropy (nats)"}
+MOST = 1e100
+"""What is drawn of larger numbers, which an axis has no room for."""
 
 
 def encoded(report: dict[str, Any], kind: str) -> bytes:
@@ -57,24 +59,64 @@ def _include(axis: Axes, values: list[float | None]) -> None:
     axis.set_xlim(min([low, *(v / 1.3 for v in known)]), max([high, *(v * 1.3 for v in known)]))
 
 
+class Point(NamedTuple):
+    """Of the curve: mean loss, and the ends of its band, which is no lower than any loss can be."""
+
+    alpha: float
+    mean: float
+    low: float
+    high: float
+
+
+def _points(curve: dict[str, Any]) -> list[Point]:
+    """Where the curve is finite."""
+    found = []
+    for alpha, mean, half in zip(curve["alphas"], curve["losses"], curve["halves"], strict=True):
+        if mean is not None:
+            width = 0.0 if half is None else half
+            found.append(Point(alpha, mean, max(0.0, mean - width), mean + width))
+    return found
+
+
 def _loss(axis: Axes, curve: dict[str, Any], tasks: int) -> None:
-    """The curve with its interval; what is far above the loss without a step is cut off, and so are such alphas."""
-    known = [
-        (a, m, h)
-        for a, m, h in zip(curve["alphas"], curve["losses"], curve["halves"], strict=True)
-        if m is not None and h is not None
-    ]
-    alphas, means, halves = zip(*known, strict=True)
-    lower, upper = ([m + s * h for m, h in zip(means, halves, strict=True)] for s in (-1, 1))
+    """The curve with its interval. Where no step helps all of it is shown, on a logarithmic axis."""
+    points, start = _points(curve), curve["start"]
+    if curve["best"] is None:
+        axis.set_yscale("log")
+        means = [start, *(p.mean for p in points)]
+        shown, low, high = points, min(m for m in means if m > 0) / 2, min(2 * max(means), MOST)
+    else:
+        shown, low, high = _window(points, start, curve["best"])
+        label = f"best of these = {curve['best']:.3g}"
+        axis.plot(curve["best"], min(p.mean for p in shown), color=CURVE, **{**draw.STAR, "label": label})
+    axis.set_ylim(low, high)
+    alphas, far = [p.alpha for p in shown], min(100 * high, MOST)
     label = f"one step, {tasks} tasks; band: 95 % of the change"
-    axis.plot(alphas, means, color=CURVE, marker="o", markersize=4, label=label)
-    axis.fill_between(alphas, lower, upper, color=CURVE, alpha=0.15, linewidth=0)
-    axis.axhline(curve["start"], color="#666666", linewidth=0.9, linestyle="-.", label="no step")
-    best = min(means)
-    axis.plot(curve["best"], best, color=CURVE, **{**draw.STAR, "label": f"best = {curve['best']:.3g}"})
-    fall = max(curve["start"] - best, 0.05 * abs(best))
-    shown = [u for u, m in zip(upper, means, strict=True) if m <= curve["start"] + fall]
-    top = max([curve["start"] + fall, *shown])
-    axis.set_ylim(min(lower) - 0.1 * (top - min(lower)), top)
-    above = [a for a, m in zip(alphas, means, strict=True) if a > curve["best"] and m > top]
-    axis.set_xlim(alphas[0] / 1.3, (above or alphas[-1:])[0] * 1.3)
+    axis.plot(alphas, [min(p.mean, far) for p in shown], color=CURVE, marker="o", markersize=4, label=label)
+    ends = [p.low for p in shown], [min(p.high, far) for p in shown]
+    axis.fill_between(alphas, *ends, color=CURVE, alpha=0.15, linewidth=0)
+    axis.axhline(start, color="#666666", linewidth=0.9, linestyle="-.", label="no step")
+    axis.set_xlim(alphas[0] / 1.3, alphas[-1] * 1.3)
+
+
+def _window(points: list[Point], start: float, best: float) -> tuple[list[Point], float, float]:
+    """What is shown of a curve: the points, and the ends of the y axis.
+
+    Inside are means no further above the loss without a step than the best is below; the first point beyond on each
+    side shows where the curve goes. Bands are inside up to twice that far.
+    """
+    at = next(i for i, p in enumerate(points) if p.alpha == best)
+    rise = max(start - points[at].mean, 0.05 * start)
+    top = start + rise
+    first, last = (_beyond(points, at, top, step) for step in (-1, 1))
+    shown = points[first : last + 1]
+    inside = [p for p in shown if p.mean <= top]
+    low, high = min(p.low for p in inside), min(max(top, *(p.high for p in inside)), top + rise)
+    return shown, max(0.0, low - 0.05 * (high - low)), high
+
+
+def _beyond(points: list[Point], at: int, top: float, step: int) -> int:
+    """The first point from the best on, to the left or the right, that is above the top; else the last one there."""
+    while 0 <= at + step < len(points) and points[at].mean <= top:
+        at += step
+    return at

@@ -42,6 +42,7 @@ def study(
     value = split.estimate.value
     grid = alphas or estimate.ladder(value / SPAN, value * SPAN, POINTS)
     curve = estimate.curve(learner, batch, grid)
+    _refuse(curve, value)
     trainer, (commit, dirty) = config["trainer"], git_state()
     heuristic = estimate.heuristic(learner, batch, max(1, trainer["max_steps"]) * trainer["meta_batch_size"])
     stability = estimate.stability(learner, estimate.first(batch, STABILITY_TASKS))
@@ -52,6 +53,8 @@ def study(
             "moving": sum(p.numel() for k, p in learner.net.named_parameters() if learner.moves(k)),
             "support": batch.episodes.support.y.shape[1],
             "query": batch.episodes.query.y.shape[1],
+            "inner_steps": learner.descents,
+            "test_steps": learner.test_steps,
             "inner_loss_reduction": learner.inner_loss_reduction,
             "loss": "mse" if learner.kind == "regression" else "cross-entropy",
             "bn": "batch" if learner.net.has_norm else "none",
@@ -68,3 +71,14 @@ def study(
         "curve": curve._asdict(),
         "sweep": estimate.sweep(value, curve.best),
     }
+
+
+def _refuse(curve: estimate.Curve, star: float) -> None:
+    """Say that a curve shows nothing, if so."""
+    if not math.isfinite(curve.start):
+        raise BadInput("alpha: the query loss of the initial parameters is not finite; check the targets of the data")
+    if all(loss is None for loss in curve.losses):
+        ends = f"{curve.alphas[0]:g} .. {curve.alphas[-1]:g}"
+        raise BadInput(
+            f"alpha: --alphas={ends}: the query loss after one step is finite at none of them; alpha* is {star:.3g}"
+        )
