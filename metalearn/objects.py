@@ -5,7 +5,7 @@ from typing import Any
 
 NOT_ARGUMENTS = (
     *("_target_", "name", "bn_modes", "outer", "outer_vector", "outer_clip", "outer_drop"),
-    *("pretrain_steps", "pretrain_seed", "pretrain_schedule", "pretrained", "network_size", "threads"),
+    *("pretrain_steps", "pretrain_schedule", "pretrained", "network_size", "threads"),
 )
 """Keys that no constructor takes."""
 

@@ -274,25 +274,28 @@ class SineLastLayer(Study):
 
     target: ClassVar[str] = "metalearn.studies.SineLastLayer"
 
-    pretrain_steps: int = key(5000, "meta-steps of joint training of the network", ge=1)
-    pretrain_seed: int = key(0, "seed of that training", ge=0)
+    pretrain_steps: int = key(5000, "meta-steps of joint training of each network", ge=1)
+    pretrain_seeds: list[int] = key([*range(8)], "seed of that training, one for each network", ge=0)
     shot: int = key(10, "points of a task K", ge=1)
     tasks: int = key(1000, "training tasks of the last layer", ge=2)
-    test_tasks: int = key(2000, "new tasks", ge=2)
+    test_tasks: int = key(4000, "new tasks of each network", ge=2)
     queries: int = key(256, "points that these are judged on", ge=1)
     alphas: list[float] = key([0.001, 0.005, 0.01, 0.05, 0.08, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5], "the grid", ge=0)
 
     @classmethod
     def needs(cls, study: Config) -> Iterator[list[str]]:
-        yield [
-            *("algorithm=erm", "dataset=sinusoid", "dataset.variant=unravel", f"dataset.shot={study['shot']}"),
-            *(f"trainer.max_steps={study['pretrain_steps']}", "trainer.val_every=1000", "trainer.test_episodes=100"),
-            f"seed={study['pretrain_seed']}",
-        ]
+        for seed in study["pretrain_seeds"]:
+            yield [
+                *("algorithm=erm", "dataset=sinusoid", "dataset.variant=unravel", f"dataset.shot={study['shot']}"),
+                *(f"trainer.max_steps={study['pretrain_steps']}", "trainer.val_every=1000"),
+                *("trainer.test_episodes=100", f"seed={seed}"),
+            ]
 
     @classmethod
     def problems(cls, study: Config) -> Iterator[str]:
-        yield from _listed(study, "alphas")
+        yield from _listed(study, "alphas", "pretrain_seeds")
+        if len(study["alphas"]) < 2:
+            yield f"study.alphas={show(study['alphas'])}: must name at least two values"
 
 
 @dataclass

@@ -52,9 +52,11 @@ def over(metric: str, values: Iterable[float], unit: str = "", *, of: str = "tas
     return Measured(metric, where, TaskMean(kept).compute(unit) | {"interval": of}, kept)
 
 
-def repeated(metric: str, values: Iterable[float], unit: str = "", **where: Label) -> Measured:
-    """The mean over a few repetitions, with Student's 95 % interval."""
-    found = over(metric, values, unit, of="repetitions", **where)
+def repeated(
+    metric: str, values: Iterable[float], unit: str = "", *, of: str = "repetitions", **where: Label
+) -> Measured:
+    """The mean over a few repetitions (or whatever `of` says), with Student's 95 % interval."""
+    found = over(metric, values, unit, of=of, **where)
     half = over_seeds(found.values).half
     return found._replace(summary=found.summary | {"ci95": half if math.isfinite(half) else None})
 

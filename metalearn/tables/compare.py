@@ -45,8 +45,9 @@ class Comparison(NamedTuple):
 class Entry(NamedTuple):
     """One cell of a table; all numbers in the published unit.
 
-    ours: mean over seeds with its interval, over seeds where there are two, else over tasks (`interval`).
-    tasks: test tasks of a seed. seeds: finished without diverging; planned: how many there are to be.
+    ours: mean over seeds with its interval (`interval`): over seeds where there are two, else over tasks, or over what
+        else the result is a mean of, as trained networks.
+    tasks: test tasks of a seed, or what else. seeds: finished without diverging; planned: how many there are to be.
     notes: footnotes. commands: what runs the missing ones. cell_ids: of `seeds`.
     """
 
@@ -156,7 +157,8 @@ def _measured(blank: Entry, table: Table, column: Column, results: list[Result])
     means = [table.scale * _metric(r, column)["mean"] for r in results]  # type: ignore[index]
     ours, kind = over_seeds(means), "seeds"
     if len(means) == 1:
-        ours, kind = Estimate(means[0], half_width(spread.parts()), spread.tasks), "tasks"
+        ours = Estimate(means[0], half_width(spread.parts()), spread.tasks)
+        kind = (_metric(results[0], column) or {}).get("interval", "tasks")
     entry = blank._replace(
         ours=ours,
         interval=kind,
@@ -169,7 +171,9 @@ def _measured(blank: Entry, table: Table, column: Column, results: list[Result])
     if blank.published is None or blank.published.value is None:
         return entry
     judged = judge(spread, blank.published.value, blank.published.half, table.margin)
-    notes = entry.notes if len(means) > 1 else (*entry.notes, "one seed: how much seeds differ is not in the interval")
+    notes = entry.notes
+    if kind == "tasks":
+        notes = (*notes, "one seed: how much seeds differ is not in the interval")
     if blank.published.half is None:
         notes = (*notes, "published without an interval and taken as exact: no test")
     entry = entry._replace(judged=judged, notes=notes)
@@ -216,8 +220,12 @@ def _name(result: Result, column: Column) -> str:
 
 
 def _metric(result: Result, column: Column) -> dict[str, Any] | None:
-    """`mean, std, n` of what a column shows, from the episodes if result.json does not name it; None without either."""
-    named = result.data["metrics"].get(_name(result, column))
+    """`mean, std, n` of what a column shows, from the episodes if result.json does not name it; None without either.
+
+    The group of a study's column is the point that a metric belongs to, as its name has it (`mse_after@alpha=0.1`).
+    """
+    metrics = result.data["metrics"]
+    named = metrics.get(_name(result, column), metrics.get(f"{column.metric}@{column.group}"))
     if named is None and not result.diverged and len(found := values(result, column)):
         return TaskMean(found).compute("")
     return named

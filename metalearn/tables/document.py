@@ -104,7 +104,7 @@ def _digits(entries: Sequence[Entry]) -> int:
 def _ours(e: Entry, digits: int) -> tuple[str, str]:
     if e.ours is None:
         return "-", "-"
-    over = f"{len(e.seeds)} seeds" if e.interval == "seeds" else f"{e.ours.n} tasks"
+    over = f"{len(e.seeds)} seeds" if e.interval == "seeds" else f"{e.ours.n} {e.interval}"
     return interval(e.ours.mean, e.ours.half, digits), over
 
 
@@ -180,7 +180,7 @@ def _counts(filled: Filled) -> Grid:
 def _legend(filled: Filled) -> str:
     texts = [
         "ours: mean over seeds; its 95 % interval is over what the next column names: seeds (Student's t), or the test "
-        "tasks of the only seed",
+        "tasks of the only seed, or what else its mean is of",
         "ours - published: its interval counts what varies among seeds, among test tasks, and the published interval; "
         "p: two-sided test of no difference",
     ]
