@@ -54,8 +54,17 @@ def test_estimates_are_those_of_the_features(problem):
 
 
 def study(**keys):
-    keys = {"width": 2048, "inputs": 1, "nu": 1.0, "sigma": 0.0, "points": 21, "test_tasks": 200, "queries": 30} | keys
-    return TangentQuadratic(cutoffs=[1e-6], **keys)
+    keys = {"width": 2048, "inputs": 1, "nu": 1.0, "sigma": 0.0, "test_tasks": 200, "queries": 30} | keys
+    return TangentQuadratic(cutoffs=[1e-6], points=21, zoom=1, **keys)
+
+
+def test_the_zoomed_grid_has_the_rates_of_the_whole_one_and_as_many_near_0():
+    keys = {"tasks": [3], "samples": [2], "init": "normal", "width": 10, "inputs": 1, "nu": 1.0, "sigma": 0.0}
+    keys |= {"low": -3.0, "high": 7.0, "points": 41, "test_tasks": 2, "queries": 1, "cutoffs": [1e-6]}
+    whole, zoomed = (TangentQuadratic(**keys, zoom=zoom).grid.tolist() for zoom in (1.0, 5.0))
+    assert whole == pytest.approx([(-3 + i / 4) / 10 for i in range(41)]) and 0.0 in whole
+    assert set(whole) < set(zoomed) and sorted(zoomed) == zoomed
+    assert [a for a in zoomed if -0.061 < a < 0.141] == pytest.approx([(-0.6 + i / 20) / 10 for i in range(41)])
 
 
 MEASURED = [  # (N, K), init, p, h: the best rate on the step's points and on fresh ones, eq. 3.3, H.14, H.15

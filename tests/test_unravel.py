@@ -427,6 +427,38 @@ def test_fig2_judges_eq_33_and_h14_by_rate_and_loss(shows, eq33, h14, h15, holds
     assert fig2.show([worse]).findings[0].holds is False  # every pair
 
 
+def test_fig2_names_the_cutoff_of_the_kernel_and_draws_the_curves_of_each(shows):
+    """A column of panels for each cut-off; the normal initialisation again from near its optimum."""
+    content, results = shows("fig2")
+    assert [f.claim.rpartition("below ")[2] for f in content.findings] == [
+        f"{cutoff} of the largest are cut" for cutoff in ("1e-6", "1e-12") * 2
+    ]
+    assert list(content.figures) == ["fig2a", "fig2b", "fig2b_near"]
+    for name, result in zip(("fig2a", "fig2b"), results, strict=True):
+        axes = content.figures[name].axes
+        assert [(a.get_title().partition(":")[0]) for a in axes] == [
+            f"K = {k}, N = {n}, eigenvalues above {c}" for n, k in ((6, 3), (4, 5)) for c in ("1e-6", "1e-12")
+        ]
+        for axis, (n, c) in zip(axes, [(6, "1e-06"), (6, "1e-12"), (4, "1e-06"), (4, "1e-12")], strict=True):
+            curve = shown.line(result, "loss", "alpha", query="fresh", cutoff=c, N=n, K={6: 3, 4: 5}[n])
+            assert any(list(line.get_ydata()) == list(curve.mean) for line in axis.lines)
+            assert min(curve.x) == pytest.approx(-3 / 32) and max(curve.x) == pytest.approx(7 / 32)
+    near = content.figures["fig2b_near"].axes[0].lines[1].get_xdata()
+    assert (min(near), max(near)) == (pytest.approx(-0.6 / 32), pytest.approx(1.4 / 32))
+
+
+def test_fig2_gives_no_multiples_of_a_best_alpha_that_is_not_positive(shows):
+    _, (result, *_) = shows("fig2")
+    numbers = {"best": 0.01, "loss_at": 5.0, "estimate": 0.01, "best K=5": -0.001}
+    content = fig2.show([with_means(result, numbers)])
+    assert [f.holds for f in content.findings] == [False] * 2
+    measured = content.findings[0].measured
+    assert (
+        "near in 1 of 2 pairs (not K = 5, N = 4); the best alpha is -0.001, not positive, for K = 5, N = 4" in measured
+    )
+    assert "eq. 3.3 1.00x of the best alpha where that is positive" in measured
+
+
 def test_fig4b_without_spread_and_with_much(shows):
     """At 0 all features are one vector psi: 1 / (2 |psi|^2); far out they are linear in x: the exponent is -1."""
     content, (result,) = shows("fig4b")

@@ -251,11 +251,12 @@ class TangentQuadratic(Study):
     low: float = key(-3.0, "end of the grid of alpha, times h")
     high: float = key(7.0, "other end")
     points: int = key(41, "rates of the grid", ge=3)
+    zoom: float = key(1.0, "above 1: as many rates again from low / zoom to high / zoom", ge=1)
     test_tasks: int = key(300, "new tasks", ge=2)
     queries: int = key(30, "fresh points of each", ge=1)
     cutoffs: list[float] = key(
         [1e-6, 1e-12],
-        "least eigenvalues of the kernel kept, as shares of the largest; curves are of the first",
+        "least eigenvalues of the kernel kept, as shares of the largest",
         gt=0,
         lt=1,
     )

@@ -56,9 +56,10 @@ class TangentQuadratic(Study):
         low: end of the grid of alpha, times h.
         high: other end.
         points: rates of the grid.
+        zoom: above 1, the grid has as many rates again between `low / zoom` and `high / zoom`.
         test_tasks: new tasks.
         queries: fresh points of each.
-        cutoffs: least eigenvalues of the kernel, as shares of the largest; curves are of the first, optima of all.
+        cutoffs: least eigenvalues of the kernel, as shares of the largest.
     """
 
     title = "Quadratic regression in tangent features"
@@ -76,13 +77,15 @@ class TangentQuadratic(Study):
         low: float,
         high: float,
         points: int,
+        zoom: float,
         test_tasks: int,
         queries: int,
         cutoffs: list[float],
     ):
         self.pairs = list(zip(tasks, samples, strict=True))
         self.init, self.width, self.inputs, self.nu, self.sigma = init, width, inputs, nu, sigma
-        self.grid = torch.linspace(low, high, points, dtype=torch.float64).round(decimals=9) / width  # 0 as such
+        grid = torch.cat([torch.linspace(low, high, points, dtype=torch.float64) / z for z in (1, zoom)])
+        self.grid = grid.round(decimals=9).unique() / width  # 0 as such
         self.test_tasks, self.queries, self.cutoffs = test_tasks, queries, cutoffs
 
     def data(self, samples: int) -> Quadratic:
@@ -100,7 +103,7 @@ class TangentQuadratic(Study):
             pair: dict[str, Any] = {"N": tasks, "K": samples}
             yield from (estimate("estimate", *e, tasks, by=by, **pair) for by, e in estimates.items())
             new = partial(problem.losses, self.test_tasks)
-            for j, cutoff in enumerate(self.cutoffs):
+            for cutoff in self.cutoffs:
                 kept = problem.directions.cut(cutoff)
                 yield exact("rank", len(kept.values), cutoff=cutoff, **pair)
                 curves = new(kept, self.grid)
@@ -108,8 +111,7 @@ class TangentQuadratic(Study):
                 best = float(_best(fine[0], new(kept, fine[0]).fresh)), float(_best(fine[1], new(kept, fine[1]).same))
                 yield exact("best", best[0], query="fresh", cutoff=cutoff, **pair)
                 yield exact("best", best[1], query="same", cutoff=cutoff, **pair)
-                if j == 0:
-                    yield from _curve(curves, self.grid, pair)
+                yield from _curve(curves, self.grid, {"cutoff": cutoff} | pair)
                 marked = {"optimum": best[0]} | {by: e.value for by, e in estimates.items()}
                 at = new(kept, torch.tensor([0.0, *marked.values()], dtype=torch.float64)).fresh
                 yield over("loss_before", at[0].tolist(), cutoff=cutoff, **pair)
@@ -174,10 +176,10 @@ class Problem:
         return Curves(torch.stack(fresh), torch.stack(same))
 
 
-def _curve(curves: Curves, grid: Tensor, pair: dict[str, Any]) -> Iterator[Measured]:
+def _curve(curves: Curves, grid: Tensor, where: dict[str, Any]) -> Iterator[Measured]:
     for query, losses in curves._asdict().items():
         for alpha, values in zip(grid.tolist(), losses, strict=True):
-            yield over("loss", values.tolist(), alpha=alpha, query=query, **pair)
+            yield over("loss", values.tolist(), alpha=alpha, query=query, **where)
 
 
 def _best(alphas: Tensor, losses: Tensor) -> Tensor:
