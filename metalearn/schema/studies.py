@@ -36,6 +36,7 @@ class Corollary1(Study):
     """metalearn.studies.Corollary1."""
 
     target: ClassVar[str] = "metalearn.studies.Corollary1"
+    epoch: ClassVar[int] = 2  # random designs were sampled before
 
     samples: list[int] = key([1, 10, 50, 1000], "numbers of samples K", ge=1)
     widths: list[int] = key([1, 5, 20], "numbers of features d of the Gaussian designs", ge=1)
@@ -85,6 +86,7 @@ class EstimationError(Study):
     """metalearn.studies.EstimationError."""
 
     target: ClassVar[str] = "metalearn.studies.EstimationError"
+    epoch: ClassVar[int] = 2  # signed differences came later
 
     basis: str = key("matrix", "features of x", choices=("matrix", "gaussian", "polynomial"))
     low: float = key(-5.0, "least x; x is uniform")
@@ -112,6 +114,7 @@ class FastAdaptation(Study):
     """metalearn.studies.FastAdaptation."""
 
     target: ClassVar[str] = "metalearn.studies.FastAdaptation"
+    epoch: ClassVar[int] = 2  # the share left came later
 
     inputs: list[str] = key(["uniform", "-5", "5"], "law of each entry of the features, and its numbers")
     samples: int = key(50, "samples K of each task", ge=1)
