@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
 import traceback
 import warnings
@@ -51,7 +52,12 @@ def main() -> None:
     """Run what the command line asks for and exit: 0 done, 2 bad input, 3 diverged, 1 anything else."""
     _set_up()
     try:
-        sys.exit(_main(sys.argv[1:]))
+        code = _main(sys.argv[1:])
+        sys.stdout.flush()
+        sys.exit(code)
+    except BrokenPipeError:  # whoever read our output has enough of it (| head)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except BadInput as error:
         print(f"metalearn: {error}", file=sys.stderr)
         sys.exit(BAD_INPUT)

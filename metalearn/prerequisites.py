@@ -74,9 +74,9 @@ def _given(need: Given, cell: Cell) -> State:
     if found.sha256 != need.sha256:
         raise BadInput(refusal + "its contents have changed since this run was named; run the command again")
     try:
-        return _state(found)
-    except Exception as error:
-        raise BadInput(refusal + f"no checkpoint of a run ({type(error).__name__})") from None
+        return state_of(found)
+    except ValueError as error:
+        raise BadInput(refusal + str(error)) from None
 
 
 def _trained(need: Cell, wanted_by: CellDir, run: Run) -> State:
@@ -118,10 +118,19 @@ def _trained(need: Cell, wanted_by: CellDir, run: Run) -> State:
             raise RuntimeError(f"{who}, whose parameters this cell starts from, failed: {reason}") from error
         finally:
             directory.release()
-    return _state(trained_parameters(source.path))
+    return state_of(trained_parameters(source.path))
 
 
-def _state(found: Found) -> State:
-    state = torch.load(io.BytesIO(found.data), weights_only=True, map_location="cpu")["learner"]
-    assert isinstance(state, dict)
+def state_of(found: Found) -> State:
+    """The learner's state in a checkpoint.
+
+    Raises:
+        ValueError: if it is none of a run.
+    """
+    try:
+        state = torch.load(io.BytesIO(found.data), weights_only=True, map_location="cpu")["learner"]
+    except Exception as error:
+        raise ValueError(f"no checkpoint of a run ({type(error).__name__})") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"no checkpoint of a run (its learner is a {type(state).__name__})")
     return state

@@ -6,16 +6,19 @@ import shlex
 from pathlib import Path
 
 import pytest
+import runs
 import torch
 from oracles import build as build_float64
 from oracles import conv_net, meta_batch, pictures
 
 from metalearn import cells
 from metalearn.algorithms import MAML
-from metalearn.alpha import command, estimate, picture
+from metalearn.alpha import command, estimate, picture, stacked
 from metalearn.alpha.study import study
 from metalearn.cells import Cell
-from metalearn.run import build, build_data, build_learner
+from metalearn.ledger import given_checkpoint
+from metalearn.prerequisites import state_of
+from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import BadInput
 from metalearn.theory import tangent
 from metalearn.theory.alpha_star import limit, split
@@ -340,3 +343,63 @@ def test_what_it_refuses(arguments, message, tmp_path):
         command.main([*SMALL, *arguments, f"output_dir={tmp_path}"])
     assert message in str(refused.value) and str(refused.value).count("\n") < 3
     assert not list(Path(tmp_path).iterdir())
+
+
+# ---- all samples together ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("held", [2**20, 1])
+def test_stacked_estimates_are_those_of_all_features_together(monkeypatch, held):
+    """H.14, H.15 and H.18 by their formulas of Psi as a whole; chunk by chunk, and with too many features to hold."""
+    monkeypatch.setattr(stacked, "HELD", held)
+    learner, batch = objects(cell_of("trainer.chunk_mib=1"), 0.3, 6)
+    monkeypatch.setattr(learner, "chunks", lambda episodes: [slice(0, 4), slice(4, 6)])
+    (phi,) = tangent.features(tangent.tangent(learner, learner.constants(), batch.episodes, batch.key).support)
+    psi = phi.flatten(0, 1).detach()
+    gram, sigma = psi.mT @ psi, psi.std(correction=0)
+    n, d = psi.shape
+    expected = {
+        "kernel": n * (gram @ gram).trace() / (2 * (gram @ gram @ gram).trace()),
+        "deviation": 1 / (2 * n * sigma**2),
+        "heuristic": 1 / (2 * min(n, d) * sigma**2),
+    }
+    found = stacked.stacked(learner, batch).numbers()
+    assert found["samples"] == n == 60 and d == 16
+    for name, value in expected.items():
+        assert found[name]["value"] == pytest.approx(float(value), rel=SAME)
+        assert found[name]["low"] < found[name]["value"] < found[name]["high"]
+
+
+def test_stacked_estimates_are_for_the_mean_squared_error():
+    learner = build_float64(MAML, conv_net(), "classification", alpha=0.1)
+    assert stacked.stacked(learner, meta_batch(pictures(2))) is None
+
+
+# ---- at trained parameters ---------------------------------------------------------------------------------------
+
+
+def test_it_asks_at_the_parameters_of_a_finished_run(tmp_path, capsys):
+    """Of the network, whatever algorithm trained it; the estimate is that of a learner which has them."""
+    short = ("trainer.precision=64", "trainer.max_steps=2", "trainer.val_every=0", f"output_dir={tmp_path}")
+    (cell,) = cells.expand([*runs.TINY, *short])
+    assert run(cell) == "done"
+    folder = tmp_path / "runs" / cell.cell_id
+    (other,) = cells.expand([*runs.TINY, "trainer.precision=64", "algorithm=anil"])
+    learner, batch = objects(other, 0.3, 4)
+    before = estimate.star(learner, batch).estimate.value
+    state = state_of(given_checkpoint(folder))
+    learner.load_state_dict({k: p for k, p in state.items() if k.startswith("net.")}, strict=False)
+    after = estimate.star(learner, batch).estimate.value
+    found = study(other, tasks=4, alphas=[0.01, 0.1], start=folder)
+    assert found["alpha_star"]["value"] == pytest.approx(after, rel=SAME) and abs(after / before - 1) > 1e-6
+    assert f"training tasks at the parameters of {folder}" in command.text(found | {"sweep_command": "metalearn"})
+    rows = {row.split()[0]: row.split()[1] for row in command.text(found | {"sweep_command": ""}).splitlines() if row}
+    for name, key in (("H.14", "kernel"), ("H.15", "deviation"), ("H.18", "heuristic")):
+        assert rows[name] == f"{found['stacked'][key]['value']:.3g}"
+    with pytest.raises(BadInput, match=r"--start=.*: net\.\S+ is .* there and .* in this run"):
+        study(cell_of("backbone.hidden=[7]"), start=folder)
+    with pytest.raises(BadInput, match=r"--start=nowhere: no such file or folder"):
+        study(other, start=Path("nowhere"))
+    (tmp_path / "text").write_text("no checkpoint")
+    with pytest.raises(BadInput, match=r"--start=.*text: no checkpoint of a run"):
+        study(other, start=tmp_path / "text")

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -340,3 +341,11 @@ def test_a_cell_that_another_process_runs_is_left_to_it(call, tmp_path):
         held.release()
     assert code == 1 and f"cell {cell.cell_id} is being run by process {os.getpid()}" in err
     assert not results(tmp_path) and held.status["attempt"] == 1
+
+
+def test_a_reader_that_has_enough_ends_it_quietly():
+    """`metalearn --help | head -1`: no traceback, and the exit code of a program that SIGPIPE ends."""
+    command = [sys.executable, "-c", "import sys; sys.argv[1:] = ['--help']; from metalearn.cli import main; main()"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait()) == ("", 128 + signal.SIGPIPE)

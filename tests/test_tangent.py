@@ -87,6 +87,16 @@ def test_blocks_of_rows_are_parts_of_the_whole():
     assert len(list(t.features(jacobian, limit=1))) == whole.shape[1]
 
 
+def test_a_kernel_is_the_same_with_all_rows_held_and_with_two_blocks():
+    blocks, made = [normal(n, 5, seed=n) for n in (3, 1, 4)], []
+    psi = torch.cat(blocks)
+    makers = [lambda i=i: made.append(i) or blocks[i] for i in range(3)]
+    for held, times in ((3 * 3 * 5 * 8, [1, 1, 1]), (3 * 3 * 5 * 8 - 1, [3, 2, 1])):
+        made.clear()
+        assert_close(t.kernel(makers, held=held), psi @ psi.mT, SAME)
+        assert [made.count(i) for i in range(3)] == times
+
+
 @pytest.mark.parametrize(
     ("kind", "reduction"),
     [("regression", "mean"), ("classification", "mean"), ("classification", "sum_over_shots")],

@@ -19,12 +19,14 @@ DESCRIPTION = """What a run's inner learning rate should be, from its own traini
 
   metalearn alpha [group=member] [key=value] ...     for example dataset=sinusoid algorithm=anil
 
-Prints and draws, at the run's initial parameters and for its own inner loss, network, seed and adapted parameters:
+Prints and draws, at the run's initial parameters (with --start at a trained network's) and for its own inner loss,
+network, seed and adapted parameters:
 
 - alpha* = E tr(A B) / E tr(A B A) of neural tangent features, A and B the Gauss-Newton curvatures of support and query
   loss (Zou, Liu & Li, ICLR 2022, Corollary 2; for the mean squared error exactly that), and with B = A (eq. 3.3);
   this is what algorithm.alpha=auto takes
-- the heuristic range H.18 (mean squared error), whose n is the N K support outputs of all training
+- for the mean squared error H.14, H.15 and H.18 of the samples of all drawn tasks together
+- the heuristic range of H.18 (mean squared error), whose n is the N K support outputs of all training
 - 2 / lambda_max of the support loss, from which on gradient steps on its quadratic model diverge
 - the query loss after one step of the algorithm's own, over alphas, on the same tasks
 - values to sweep, as a command
@@ -44,6 +46,9 @@ def parser() -> Parser:
         "--probes", type=whole(0), metavar="P", help="random vectors a task for the traces; 0: exact; default by size"
     )
     p.add_argument("--alphas", type=_alphas, metavar="A,A,...", help="of the curve; default 11 around alpha*")
+    p.add_argument(
+        "--start", type=Path, metavar="PATH", help="a finished run's folder, or a checkpoint: ask at its parameters"
+    )
     p.add_argument("--output", type=Path, metavar="FOLDER", help="for the files, instead of the above")
     return p
 
@@ -70,7 +75,8 @@ def main(arguments: Sequence[str]) -> int:
     refuse(cell)
     from metalearn.alpha import picture, study
 
-    report = study.study(cell, tasks=options.tasks, probes=options.probes, alphas=options.alphas)
+    numbers = {"tasks": options.tasks, "probes": options.probes, "alphas": options.alphas}
+    report = study.study(cell, **numbers, start=options.start)
     more = [f"--config-dir={d}" for d in config_dirs(options)] + [o for o in options.overrides if cells.is_hydra(o)]
     report["sweep_command"] = command(cell, report["sweep"], more)
     drawn = {kind: picture.encoded(report, kind) for kind in ("png", "svg")}  # all before the first file
@@ -115,18 +121,36 @@ def text(report: dict[str, Any]) -> str:
     rows = [
         ("alpha*", number(star["value"]), _between(star), f"curvature on query sets (Corollary 2), {how}"),
         ("  same set", number(same["value"]), _between(same), "curvature on support sets (eq. 3.3)"),
+        *_stacked(report["stacked"]),
         _heuristic(report["heuristic"]),
         _stability(report["stability"]),
         _best(report["curve"]),
     ]
     widths = [max(len(r[i]) for r in rows) for i in range(3)]
     lines = ["  ".join(c.ljust(w) for c, w in zip(r, [*widths, 0], strict=True)).rstrip() for r in rows]
+    where = "before training" if about["start"] is None else f"at the parameters of {about['start']}"
     title = (
         f"\n{about['algorithm']} on {about['dataset']} with {about['backbone']}, seed {about['seed']}: {star['tasks']} "
-        f"training tasks before training, {about['moving']:,} parameters move"
+        f"training tasks {where}, {about['moving']:,} parameters move"
     )
     said = [*_on_the_best(report), *_on_stability(report)]
     return "\n".join([title, *lines, "", *_curve(report["curve"]), "", *said, report["sweep_command"]])
+
+
+STACKED = {
+    "kernel": ("H.14", "all {samples} support samples together"),
+    "deviation": ("H.15", "1 / (2 N K sigma^2), printed as H.14 made simple; does not follow from it"),
+    "heuristic": ("H.18", "1 / (2 min(N K, d) sigma^2), sigma the deviation of the features"),
+}
+
+
+def _stacked(found: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    if found is None:
+        return []
+    return [
+        (f"  {name}", number(found[key]["value"]), _between(found[key]), words.format(samples=found["samples"]))
+        for key, (name, words) in STACKED.items()
+    ]
 
 
 def _heuristic(found: dict[str, Any] | None) -> tuple[str, str, str, str]:

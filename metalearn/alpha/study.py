@@ -5,19 +5,30 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from metalearn.algorithms.maml import MAML
 from metalearn.alpha import estimate
 from metalearn.alpha.command import POINTS, SPAN, STABILITY_TASKS
+from metalearn.alpha.stacked import stacked
 from metalearn.cells import Cell
+from metalearn.ledger import given_checkpoint
+from metalearn.prerequisites import state_of
 from metalearn.record import git_state, versions
 from metalearn.run import build, build_data, build_learner, set_precision
 from metalearn.schema import BadInput
 
 
 def study(
-    cell: Cell, *, tasks: int | None = None, probes: int | None = None, alphas: Sequence[float] | None = None
+    cell: Cell,
+    *,
+    tasks: int | None = None,
+    probes: int | None = None,
+    alphas: Sequence[float] | None = None,
+    start: Path | None = None,
 ) -> dict[str, Any]:
     """The content of alpha.json; numbers that are not finite are None.
 
@@ -26,6 +37,10 @@ def study(
         tasks: how many; None for `estimate.TASKS`.
         probes: see `estimate.star`.
         alphas: of the curve, ascending; None for some around the estimate.
+        start: a checkpoint, or the folder of a finished run, with the parameters to ask at; None for the initial ones.
+
+    Raises:
+        BadInput: if nothing can be estimated there.
     """
     config = copy.deepcopy(cell.config)
     config["algorithm"]["alpha"] = "auto"
@@ -33,10 +48,13 @@ def study(
     dataset = build("dataset", config["dataset"])
     learner, data = build_learner(config, dataset), build_data(config, dataset)
     assert isinstance(learner, MAML)
+    if start is not None:
+        _start_from(learner, start)
     batch = estimate.tasks_of(learner, data, tasks or estimate.TASKS)
     try:
         split = estimate.star(learner, batch, probes=probes)
         same = estimate.star(learner, batch, same=True, probes=probes)
+        together = stacked(learner, batch)
     except ValueError as error:
         raise BadInput(f"alpha: {error}") from None
     value = split.estimate.value
@@ -50,6 +68,7 @@ def study(
         "about": {
             **{group: config[group]["name"] for group in ("algorithm", "dataset", "backbone")},
             "seed": config["seed"],
+            "start": None if start is None else str(start),
             "moving": sum(p.numel() for k, p in learner.net.named_parameters() if learner.moves(k)),
             "support": batch.episodes.support.y.shape[1],
             "query": batch.episodes.query.y.shape[1],
@@ -66,11 +85,32 @@ def study(
         "versions": versions(config["dataset"]),
         "alpha_star": split.numbers(),
         "alpha_star_same_set": same.numbers(),
+        "stacked": None if together is None else together.numbers(),
         "heuristic": None if heuristic is None else heuristic._asdict(),
         "stability": {k: v if math.isfinite(v) else None for k, v in stability._asdict().items()},
         "curve": curve._asdict(),
         "sweep": estimate.sweep(value, curve.best),
     }
+
+
+def _start_from(learner: MAML, start: Path) -> None:
+    """Take a trained network's parameters in place of the initial ones, whatever algorithm trained them.
+
+    Raises:
+        BadInput: if there are none, or they are another network's.
+    """
+    try:
+        state = state_of(given_checkpoint(start))
+    except ValueError as error:
+        raise BadInput(f"alpha: --start={start}: {error}") from None
+    own = {name: p for name, p in learner.named_parameters() if name.startswith("net.")}
+    for name, parameter in own.items():
+        there = list(state[name].shape) if name in state else "absent"
+        if there != list(parameter.shape):
+            raise BadInput(f"alpha: --start={start}: {name} is {there} there and {list(parameter.shape)} in this run")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
 
 
 def _refuse(curve: estimate.Curve, star: float) -> None:

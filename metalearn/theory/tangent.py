@@ -20,7 +20,7 @@ moves by m alpha instead of alpha (MT-net's masks) has its features scaled by sq
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -184,6 +184,26 @@ def features(jacobian: Jacobian, *, limit: int | None = None) -> Iterator[Tensor
     for first in range(0, jacobian.rows, count):
         last = min(jacobian.rows, first + count)
         yield torch.stack([_flat(jacobian.transposed(u)) for u in jacobian.basis(first, last)], 1)
+
+
+def kernel(blocks: Sequence[Callable[[], Tensor]], *, held: int = 2**30) -> Tensor:
+    """Psi Psi^T `[n, n]` float64 of rows Psi `[n, P]`, which come in blocks and need not fit into memory.
+
+    Args:
+        blocks: each makes some rows `[r, P]`, the same whenever it is called.
+        held: bytes of rows that may be kept. If they would be more, at most two blocks are held, and each is made again
+            for every block before it.
+    """
+    made = [blocks[0]().double()]
+    if len(blocks) * made[0].numel() * 8 <= held:
+        psi = torch.cat([*made, *(make().double() for make in blocks[1:])])
+        return psi @ psi.mT
+    strips = []
+    for i, make in enumerate(blocks):
+        own = made.pop() if made else make().double()
+        strips.append([own @ other().double().mT for other in blocks[:i]] + [own @ own.mT])
+    rows = [[strips[i][j] if j <= i else strips[j][i].mT for j in range(len(blocks))] for i in range(len(blocks))]
+    return torch.cat([torch.cat(row, 1) for row in rows])
 
 
 def last_layer(
