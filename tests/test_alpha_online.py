@@ -191,6 +191,7 @@ def test_every_rate_is_a_row_of_the_log_and_a_point_of_a_figure(tmp_path):
     entries = results_of(["algorithm=anil"], place=tmp_path / "10")
     drawn = series.plot(entries, series.Request(x="meta_step", metric="alpha"))
     assert [(p.place.x, p.mean) for p in drawn.points] == list(enumerate(sparse["alpha"], 1))
+    assert drawn.split == "training" and not any("Validation" in note for note in drawn.notes)
 
 
 def test_without_a_running_rate_lines_are_as_far_apart_as_ever(tmp_path):

@@ -6,6 +6,7 @@ import csv
 import io
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from metalearn import results
@@ -194,7 +195,7 @@ class _Maker:
         if not places:
             raise BadInput(f"figure: no result has {self._what()}")
         points = self._best([self._point(p, readings) for p in sorted(places, key=_order)])
-        unit, split = self._unit(), "validation" if self.x == axes.META_STEP else "test"
+        unit = self._unit()
         self._note_absent({(r.place, r.seed) for r in readings})
         return Plot(
             title=self.request.title or title(self.found),
@@ -204,12 +205,19 @@ class _Maker:
             metric=self.metric,
             unit=unit,
             bn=self.modes,
-            split=split,
+            split=self._split,
             points=points,
             marks=[*([] if _has_words(points) else self._alpha_stars()), *self._given_marks(points)],
             notes=self._notes(points),
             absent=self.absent,
         )
+
+    @cached_property
+    def _split(self) -> str:
+        """What the metric is of: test, or validation or training of the log."""
+        if self.x != axes.META_STEP:
+            return "test"
+        return "validation" if any(f"val_{self.metric}" in r.log() for r in self.done) else "training"
 
     # ---- places ----------------------------------------------------------------------------------------------------
 
@@ -359,7 +367,7 @@ class _Maker:
         episodes = sorted({p["episodes"] for p in (r.data["protocol"] for r in self.done)})
         mode = MODES.get(self.modes[0], self.modes[0]) if len(self.modes) == 1 else "bn=... as named"
         if self.x == axes.META_STEP:
-            return f"Validation during training; {mode}."
+            return f"Validation during training; {mode}." if self._split == "validation" else "The log of training."
         return f"{' or '.join(map(str, episodes)) or 'No'} test episodes a run; {mode}."
 
     def _follows(self) -> list[str]:
