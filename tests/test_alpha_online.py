@@ -20,6 +20,7 @@ from metalearn.algorithms import MAML
 from metalearn.cells import expand
 from metalearn.compiled import Compiler
 from metalearn.figures import series
+from metalearn.learner import Diverged
 from metalearn.results import Result
 from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import BadInput
@@ -140,6 +141,21 @@ def test_a_refused_update_takes_its_estimate_back():
     assert float(learner.alpha) != kept
     learner.forget()
     assert float(learner.alpha) == kept
+
+
+def test_a_task_without_an_estimate_is_named():
+    """Not the tasks that its estimate takes the rate from: all of them lose their query loss."""
+    learner = fresh("regression")
+    with torch.no_grad():
+        for name, parameter in learner.net.named_parameters():
+            parameter.mul_(0 if name.endswith("bias") and not name.startswith("head") else 1)
+    batch = meta_batch(tasks_for(("anil_online", "regression"), seed=0))
+    batch.episodes.support.x[1] = 0  # so that every rectifier of the body is at 0
+    with pytest.raises(
+        Diverged, match=r"the estimate for algorithm.alpha is not finite for task 1: what enters its head"
+    ):
+        step(learner, batch)
+    assert math.isnan(float(learner.alpha))
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from metalearn.episode import Episode, Examples, MetaBatch, Params, TaskOutput, 
 from metalearn.evaluation.metrics import TaskMean
 from metalearn.functional import Loss, Trajectory, gradient_descent, per_task
 from metalearn.learner import MetaLearner
-from metalearn.meta_gradient import mean_over_ranks
+from metalearn.meta_gradient import bad_tasks, mean_over_ranks
 from metalearn.ops import Normalization
 from metalearn.random import TaskKey
 from metalearn.schema import BadInput
@@ -78,6 +78,7 @@ class MAML(MetaLearner):
         super().__init__(**learner)
         self.first_order, self.adapted, self.inner_clip = first_order, adapted, inner_clip
         self.running_rate = RunningRate(momentum=alpha_momentum) if alpha == "online" else None
+        self._observed: tuple[Tensor, MetaBatch] | None = None
         self.estimated_rate = EstimatedRate() if alpha == "auto" else None
         self.rate_in_force = None if isinstance(alpha, str) else alpha
         self.test_alpha, self.alpha_cov = test_alpha, alpha_cov
@@ -143,8 +144,18 @@ class MAML(MetaLearner):
             _, features = fixed_features(self, start, episodes.select(chunk).support, self.moves)
             return head_rate(features.flatten(2).double(), self.alpha_cov)
 
-        # a task without an estimate has no loss either, and is named by it
-        self.running_rate.absorb(mean_over_ranks(torch.cat(self.in_chunks(estimates, episodes))))
+        found = torch.cat(self.in_chunks(estimates, episodes))
+        self._observed = found, batch
+        self.running_rate.absorb(mean_over_ranks(found))
+
+    def hint(self) -> str:
+        """Names the tasks without an estimate, which leave none to the others."""
+        if self._observed is None or not (tasks := bad_tasks(*self._observed)):
+            return super().hint()
+        return (
+            f"; the estimate for algorithm.alpha is not finite for task {', '.join(map(str, tasks[:5]))}: what enters "
+            "its head is zero for all support examples, cancels or is not finite"
+        )
 
     def forget(self) -> None:
         """Go back to the rate before `observe`."""
