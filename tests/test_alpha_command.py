@@ -280,6 +280,9 @@ def test_the_picture_names_what_it_marks(report):
         assert part in words
     low, high = axis.get_xlim()
     assert low < report["alpha_star"]["value"] < high
+    assert axis.get_title() == "maml on sinusoid, mlp, before training"
+    (axis,) = picture.figure(report | {"about": report["about"] | {"start": "a/run"}}).axes
+    assert axis.get_title() == "maml on sinusoid, mlp, at given parameters"
 
 
 EXPLODES = {"alphas": [0.01, 0.1, 1.0, 10.0, 100.0], "start": 3.0, "best": 0.1, "low": 0.1, "high": 0.1}

@@ -46,7 +46,8 @@ def figure(report: dict[str, Any]) -> Figure:
     _include(axis, [star["value"], bounds["median"]])
     axis.set_xlabel("inner learning rate $\\alpha$")
     axis.set_ylabel(UNITS[about["loss"]] + " after one step")
-    axis.set_title(f"{about['algorithm']} on {about['dataset']}, {about['backbone']}, before training", fontsize=10)
+    when = "before training" if about["start"] is None else "at given parameters"
+    axis.set_title(f"{about['algorithm']} on {about['dataset']}, {about['backbone']}, {when}", fontsize=10)
     axis.grid(alpha=0.3)
     out.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
     return out

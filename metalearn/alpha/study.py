@@ -116,7 +116,7 @@ def _start_from(learner: MAML, start: Path) -> None:
 def _refuse(curve: estimate.Curve, star: float) -> None:
     """Say that a curve shows nothing, if so."""
     if not math.isfinite(curve.start):
-        raise BadInput("alpha: the query loss of the initial parameters is not finite; check the targets of the data")
+        raise BadInput("alpha: the query loss without a step is not finite; check the targets of the data")
     if all(loss is None for loss in curve.losses):
         ends = f"{curve.alphas[0]:g} .. {curve.alphas[-1]:g}"
         raise BadInput(
