@@ -113,11 +113,8 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     found = [row for row in rows(text) if len(row) == 5][1:]
     assert [r[0] for r in found] == ["corollary1"] * 3 and [r[4] for r in found] == ["holds", "holds", "does not hold"]
     assert [f["holds"] for f in data["items"][0]["findings"]] == [True, True, False]
-    assert (
-        "## Corollary 1" in text
-        and "(corollary1.png)" in text
-        and "claims 2 hold as judged, 1 do not, 0 are undecided" in text
-    )
+    assert "## Corollary 1" in text and "(corollary1.png)" in text
+    assert "The paper's claims: 1 of 2 hold as judged, 1 do not, 0 are undecided. Our further claims: 1 of 1" in text
     monkeypatch.setattr(cli, "work", None)
     assert report(*call)[1].splitlines()[:-1] == text.splitlines()[:-1]
     page = tmp_path / "docs" / "page.md"
@@ -131,7 +128,7 @@ def test_the_report_on_alpha_takes_stored_results(report, tmp_path, monkeypatch,
     """By what they are results of: of data that are not here, too. What is missing is named with its command."""
     from metalearn import cli
 
-    small = ["study.tasks=60", "study.samples=[1,10]", "study.widths=[1,5]"]
+    small = ["study.samples=[1,10]", "study.widths=[1,5]"]
     plain = reports.load("unravel").cells_of
     monkeypatch.setattr(reports.load("unravel"), "cells_of", lambda words: plain([*words, *small]))
     call = ("unravel", "--only", "corollary1", "--threads", "1", "--results")
@@ -147,7 +144,7 @@ def test_the_report_on_alpha_takes_stored_results(report, tmp_path, monkeypatch,
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--size", "papr"], r"--size papr: corollary1 has paper; did you mean 'paper'\?"),
+        (["--only", "corollary1", "--size", "papr"], r"--size papr: corollary1 has paper; did you mean 'paper'\?"),
         (["--only", "fig99"], r"--only fig99: must be one of "),
         (["--from", "nowhere"], r"nowhere: no such folder of results"),
     ],

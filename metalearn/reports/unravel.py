@@ -143,11 +143,11 @@ def _table(items: list[Item]) -> str:
 def _count(items: list[Item]) -> str:
     found = [f for item in items if item.shown for f in item.shown.findings]
     counts = []
-    for whose, own in (("the paper's", False), ("our further", True)):
+    for whose, own in (("The paper's", False), ("Our further", True)):
         verdicts = [f.holds for f in found if f.ours == own]
         counts.append(
-            f"Of {len(verdicts)} of {whose} claims {verdicts.count(True)} hold as judged, {verdicts.count(False)} do "
-            f"not, {verdicts.count(None)} are undecided."
+            f"{whose} claims: {verdicts.count(True)} of {len(verdicts)} hold as judged, {verdicts.count(False)} do not,"
+            f" {verdicts.count(None)} are undecided."
         )
     return " ".join([*counts, "Ours are second readings of the paper's, or the same with other constants."])
 

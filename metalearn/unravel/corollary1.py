@@ -54,7 +54,7 @@ def show(results: Sequence[Result]) -> Shown:
     shared, own = ([d for d in designs if (d.kind == "fixed") == fixed] for fixed in (True, False))
     findings = [
         _upper(designs),
-        _lower(shared, "the same design in all tasks"),
+        _lower(shared, "the same design in all tasks", ours=True),
         _lower(own, "designs drawn anew for each task"),
     ]
     return Shown(TITLE, {"corollary1": _figure(designs)}, findings, NOTES)
@@ -90,7 +90,7 @@ def _upper(designs: Sequence[Design]) -> Finding:
     )
 
 
-def _lower(designs: Sequence[Design], where: str) -> Finding:
+def _lower(designs: Sequence[Design], where: str, *, ours: bool = False) -> Finding:
     broken = [d for d in designs if d.below]
     measured = f"kept in {len(designs) - len(broken)} of {len(designs)} designs"
     if broken:
@@ -102,7 +102,7 @@ def _lower(designs: Sequence[Design], where: str) -> Finding:
     else:
         shares = [d.limit / d.lower for d in designs]
         measured += f"; alpha*_lim is {min(shares):.3g} to {max(shares):.3g} times the bound"
-    return Finding(f"1 / (2 d sigma^2) <= alpha*_lim, {where}", "in every design", measured, not broken)
+    return Finding(f"1 / (2 d sigma^2) <= alpha*_lim, {where}", "in every design", measured, not broken, ours)
 
 
 def _figure(designs: Sequence[Design]) -> Figure:

@@ -99,6 +99,7 @@ def _loss(laws: Sequence[Law], names: str, turn: float, tasks: str) -> Finding:
         f"sum of l_t(w_m) - l_t(w_r) positive at t = 0 and negative from t = {2 * turn:g} on, beyond 95 %",
         measured,
         holds,
+        ours=tasks == "new",
     )
 
 
@@ -137,6 +138,7 @@ def _geometric(laws: Sequence[Law], names: str) -> Finding:
             for one, (first, last) in zip(laws, taken, strict=True)
         ),
         all(abs(last / first - 1) <= SAME for first, last in taken),
+        ours=True,
     )
 
 

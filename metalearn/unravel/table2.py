@@ -77,7 +77,7 @@ def show(results: Sequence[Result]) -> Shown:
     claims = [_claim(result, networks, *claim) for claim in CLAIMS]
     (first, _), *others = claims
     first = first._replace(measured=first.measured + _theirs(paper))
-    later = [finding._replace(criterion="as the first") for finding, _ in others]
+    later = [finding._replace(criterion="as the first", ours=True) for finding, _ in others]
     findings = [first, _rising(result, networks, paper), *later]
     mean, half = scalar(result, "alpha_lim")
     notes = (
