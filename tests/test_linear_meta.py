@@ -1,13 +1,15 @@
 """MAML on linear tasks in closed form (Z3-Z5, Z9): loops, least squares on stacked features, autograd, sampling."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from oracles import VALUES, assert_close, finite_differences, normal
 from torch import Tensor
 
-from metalearn.theory import kernel_meta, stacks
+from metalearn.theory import alpha_star, kernel_meta, linear_meta, stacks
 from metalearn.theory.alpha_star import gaussian_limit, limit
 from metalearn.theory.linear_meta import (
     Moments,
@@ -224,6 +226,33 @@ def test_best_alpha_of_many_curvatures_is_found_where_sums_cancel():
     curvatures = tensor([1.0] * 5 + [1e4])
     features = (2 * curvatures).sqrt()[:, None, None] * torch.eye(2, dtype=torch.float64)
     assert best_alpha(features, normal(6, 2, seed=0)) == pytest.approx(1 / 2, rel=1e-6)
+
+
+def test_best_alpha_of_features_that_are_nearly_dependent():
+    """Twenty Gaussians of width 1 over [-5, 5]: sums of a condition of 1e12, beside least squares of its root."""
+    x = -5 + 10 * torch.rand(2, 50, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    features = torch.exp(-((x - torch.linspace(-5, 5, 20, dtype=torch.float64)) ** 2) / 2)
+    optima = normal(2, 20, seed=0)
+
+    def loss(alpha: float) -> float:
+        c, y = stacked_problem(features, optima, alpha)
+        u = torch.linalg.svd(c, full_matrices=False).U
+        return float((y - u @ (u.mT @ y)).square().sum())
+
+    assert 1e11 < float(torch.linalg.cond(Moments.of(features).matrix(0.0))) < 1e15
+    found = best_alpha(features, optima)
+    rates = found * torch.linspace(0.99, 1.01, 81, dtype=torch.float64)
+    assert 0.999 < float(rates[int(torch.tensor([*map(loss, rates.tolist())]).argmin())]) / found < 1.001
+
+
+def test_minimisers_of_dependent_features_do_not_grow():
+    """What rounding leaves of the zeros among the eigenvalues is no direction, with many tasks and any scale."""
+    for scale in (1e-3, 1.0, 1e4):
+        features = scale * normal(500, 10, 5, seed=0) @ normal(5, 20, seed=1)
+        optima, limit = normal(500, 20, seed=2), Moments.of(features).limit()
+        across = torch.linalg.qr(normal(5, 20, seed=1).mT, mode="complete").Q[:, 5:]
+        for w in minimiser(features, optima, limit * tensor([0, 0.5, 1, 3, 100])):
+            assert float((across.mT @ w).abs().max()) < 1e-9
 
 
 def test_minimiser_next_to_a_step_that_solves_all_tasks():
@@ -531,3 +560,32 @@ def test_kernel_adaptation_is_gradient_descent_on_the_weights(steps):
                 w = w - alpha * 2 / 4 * phi[t].mT @ (phi[t] @ w - y[t])
             assert_close(own[i, t], (phi[t] @ w - y[t]).square().mean(), 1e-11)
             assert_close(other[i, t], (psi[t] @ w - z[t]).square().mean(), 1e-11)
+
+
+# ---- the document --------------------------------------------------------------------------------------------------
+
+
+def test_the_example_of_the_document_prints_what_it_says(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "theory.md").read_text(encoding="utf-8")
+    section = page.split("## Closed forms of linear tasks")[1].split("\n## ")[0]
+    (code,), (shown,) = (re.findall(rf"```{kind}\n(.*?)```", section, re.DOTALL) for kind in ("python", "text"))
+    exec(compile(code, "docs/theory.md", "exec"), {})
+    number = re.compile(r"-?\d+\.\d+(?:e-?\d+)?")
+    printed = capsys.readouterr().out
+    assert number.sub("#", printed) == number.sub("#", shown)
+    values = [[float(v) for v in number.findall(text)] for text in (printed, shown)]
+    assert values[0] == pytest.approx(values[1], rel=0.02)  # other processors may round the last digit
+
+
+def test_all_that_the_document_lists_is_there():
+    page = (Path(__file__).parents[1] / "docs" / "theory.md").read_text(encoding="utf-8")
+    table = page.split("## Closed forms of linear tasks")[1].split("\n## ")[0].split("| | |")[1]
+    listed, module = 0, alpha_star
+    modules = {m.__name__.rpartition(".")[2]: m for m in (alpha_star, kernel_meta, linear_meta)}
+    for row in filter(lambda line: line.startswith("|"), table.splitlines()):
+        name = re.match(r"\| \[(\w+)\.py\]", row)
+        module = modules[name[1]] if name else module
+        for word in re.findall(r"`(\w+)`", row):
+            assert hasattr(module, word), f"{module.__name__} has no {word}"
+            listed += 1
+    assert listed > 25

@@ -16,7 +16,7 @@ from metalearn.random import Key
 from metalearn.results import Result
 from metalearn.run import run
 from metalearn.schema import BadInput, fields_of
-from metalearn.schema.studies import FastAdaptation, RateCurve, Trajectory
+from metalearn.schema.studies import EstimationError, FastAdaptation, RateCurve, Trajectory
 from metalearn.studies import TangentVariance, sine_last_layer
 from metalearn.studies.bernacchia import lowest
 from metalearn.studies.estimation_error import loglog_slope
@@ -690,3 +690,32 @@ def test_numbers_of_figure_4a_agree_with_exact_moments(shows):
 def test_what_is_no_basis_is_refused(words, message):
     with pytest.raises(BadInput, match=message):
         expand(["study=data_variance", words, "logger=none"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["study=estimation_error", "study.samples=1", "study.tasks=[4,2]", "study.slope_from=2", "study.width=5"],
+            "study.samples=1: times 2 tasks, must be > study.width=5, or one w solves all tasks",
+        ),
+        (["study=estimation_error", "study.tasks=[]"], r"study.tasks=\[\]"),
+        (
+            ["study=rate_curve", "study.samples=5", "study.tasks=2"],
+            "study.samples=5: times 2 tasks, must be > study.width=10, or one w solves all tasks",
+        ),
+    ],
+)
+def test_tasks_that_one_w_solves_are_refused(words, message):
+    with pytest.raises(BadInput, match=message):
+        expand([*words, "logger=none"])
+    assert expand(["study=rate_curve", "study.samples=6", "study.tasks=2", "logger=none"])
+
+
+def test_draws_without_a_best_rate_are_refused():
+    """What no key tells: all optima are one, and a basis so narrow that no sample is seen by it."""
+    with pytest.raises(BadInput, match="one w solves all tasks of a draw"):
+        measured(study_of(RateCurve, optima=["normal", "3", "0"], tasks=20, draws=2, points=5))
+    narrow = study_of(EstimationError, basis="gaussian", bandwidth=1e-9, tasks=[2, 4], slope_from=2)
+    with pytest.raises(BadInput, match="study.tasks=2: all features are zero"):
+        measured(narrow)

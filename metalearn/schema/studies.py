@@ -86,7 +86,7 @@ class EstimationError(Study):
     """metalearn.studies.EstimationError."""
 
     target: ClassVar[str] = "metalearn.studies.EstimationError"
-    epoch: ClassVar[int] = 2  # signed differences came later
+    epoch: ClassVar[int] = 3  # 2: signed differences; 3: nearly dependent features are not cut off
 
     basis: str = key("matrix", "features of x", choices=("matrix", "gaussian", "polynomial"))
     low: float = key(-5.0, "least x; x is uniform")
@@ -105,6 +105,8 @@ class EstimationError(Study):
             yield f"study.high={show(study['high'])}: must be > study.low={show(study['low'])}"
         if study["basis"] == "polynomial" and study["width"] > 6:
             yield f"study.width={study['width']}: must be <= 6 for study.basis=polynomial, whose condition explodes"
+        if study["tasks"]:
+            yield from _overdetermined(study, min(study["tasks"]))
         if sum(n >= study["slope_from"] for n in study["tasks"]) < 2:
             yield f"study.slope_from={study['slope_from']}: must leave two of study.tasks={show(study['tasks'])}"
 
@@ -195,6 +197,7 @@ class RateCurve(Study):
     @classmethod
     def problems(cls, study: Config) -> Iterator[str]:
         yield from _laws(study, "inputs", "optima")
+        yield from _overdetermined(study, study["tasks"])
 
 
 @dataclass
@@ -322,6 +325,13 @@ class TangentVariance(Study):
     @classmethod
     def problems(cls, study: Config) -> Iterator[str]:
         yield from _listed(study, "variances")
+
+
+def _overdetermined(study: Config, tasks: int) -> Iterator[str]:
+    """With no more samples in all than features, one w solves all tasks, and every rate is as good as another."""
+    if tasks * study["samples"] <= study["width"]:
+        bound = f"study.width={study['width']}, or one w solves all tasks at every rate"
+        yield f"study.samples={study['samples']}: times {tasks} tasks, must be > {bound}"
 
 
 def _listed(study: Config, *names: str) -> Iterator[str]:

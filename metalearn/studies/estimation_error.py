@@ -11,6 +11,7 @@ from numpy.polynomial.legendre import leggauss
 from torch import Generator
 
 from metalearn.random import Key
+from metalearn.schema import BadInput
 from metalearn.studies.base import Measured, State, Study, estimate, exact, repeated
 from metalearn.theory import alpha_star, designs, linear_meta
 
@@ -77,7 +78,10 @@ class EstimationError(Study):
         generator = Generator().manual_seed(key.integer())
         features = self.basis.design.draw(tasks, self.samples, generator)
         optima = torch.randn(tasks, self.basis.design.width, generator=generator, dtype=torch.float64)
-        return linear_meta.best_alpha(features, optima) - self.basis.limit
+        try:
+            return linear_meta.best_alpha(features, optima) - self.basis.limit
+        except ValueError as error:  # such as a basis whose features all round to 0
+            raise BadInput(f"study.tasks={tasks}: {error}") from None
 
 
 class Basis(NamedTuple):

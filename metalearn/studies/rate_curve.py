@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from metalearn.random import Key
+from metalearn.schema import BadInput
 from metalearn.studies.base import Measured, State, Study, repeated
 from metalearn.studies.laws import law_of
 from metalearn.theory import designs
@@ -62,8 +63,13 @@ class RateCurve(Study):
         """Yields `excess` = L(alpha*_lim) / min L over the grid, `alpha_lim`, `best_alpha` and `relative_loss`.
 
         `loss` has `at=0`, `at=lim` and `at=best`.
+
+        Raises:
+            BadInput: if one w solves all tasks of a draw.
         """
         moments = [self._moments(key.sub(str(i))) for i in range(self.draws)]
+        if any(m.solved() for m in moments):
+            raise BadInput("study.optima, study.inputs: one w solves all tasks of a draw, and every rate is as good")
         rates = torch.linspace(0, self.span * moments[0].limit(), self.points, dtype=torch.float64)
         found = [_curve(m, rates) for m in moments]
         yield repeated("excess", [c.at_limit / c.least for c in found])

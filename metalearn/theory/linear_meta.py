@@ -32,6 +32,8 @@ from metalearn.theory.stacks import Features, ranges, stacks, tasks_at_once
 from metalearn.theory.symmetric import SINGULAR, inverse, largest
 
 Rate = float | Tensor
+ROUNDING = 1e-14
+"""Eigenvalues of a sum over tasks below this share of its terms are zero: rounding leaves 1e-15 of them at most."""
 STEP = 1.05
 """Ratio of neighbours in the grid on which the best rate is looked for."""
 RESOLVED = 1e-9
@@ -87,14 +89,15 @@ class Moments(NamedTuple):
     def minimiser(self, alpha: Rate) -> Tensor:
         """w_m(alpha) `[A, d]`, the one of least norm where there are several.
 
-        A direction of which a step leaves less than 1e-6 (`SINGULAR` of its curvature) counts as one without curvature.
+        A direction of which a step leaves less than 1e-7 (`ROUNDING` of its curvature) counts as one without curvature.
         """
         vector = torch.einsum("...p,pi->...i", _weights(alpha, self.matrices), self.vectors[:3])
         return (self.inverse(alpha) @ vector[..., None])[..., 0]
 
     def inverse(self, alpha: Rate) -> Tensor:
         """Pseudo-inverse of `matrix`, `[A, d, d]`; its terms H, -4 alpha H^2 and 4 alpha^2 H^3 may cancel."""
-        return inverse(self.matrix(alpha), _weights(alpha, self.matrices).abs() @ largest(self.matrices[:3]))
+        terms = _weights(alpha, self.matrices).abs() @ largest(self.matrices[:3])
+        return inverse(self.matrix(alpha), terms, ROUNDING)
 
     def slope(self, alpha: Rate = 0.0) -> Tensor:
         """d w_m / d alpha `[A, d]`; at 0 it is (sum G_i)^-1 sum_j 4 / K G_j^2 (w_r - a_j)."""

@@ -14,16 +14,17 @@ def largest(matrix: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(matrix)[..., -1]
 
 
-def inverse(matrix: Tensor, scale: Tensor | None = None) -> Tensor:
+def inverse(matrix: Tensor, scale: Tensor | None = None, share: float = SINGULAR) -> Tensor:
     """Moore-Penrose inverses of positive semi-definite matrices `[..., n, n]`.
 
     Args:
         matrix: those.
-        scale: `[...]`, what `SINGULAR` is a share of where that is larger than the largest eigenvalue: the size of
-            the terms of a sum whose rounding errors may be all that is left of it.
+        scale: `[...]`, in the place of the largest eigenvalue where it is larger: the size of the terms of a sum
+            whose rounding errors may be all that is left of it.
+        share: eigenvalues below this share of that are zero.
     """
     values, vectors = torch.linalg.eigh(matrix)
     top = values[..., -1] if scale is None else torch.maximum(values[..., -1], scale)
-    kept = values > SINGULAR * top[..., None]
+    kept = values > share * top[..., None]
     reciprocal = torch.where(kept, values, torch.inf).reciprocal()
     return (vectors * reciprocal[..., None, :]) @ vectors.mT
