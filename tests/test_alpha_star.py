@@ -328,6 +328,13 @@ def test_intervals_of_the_stacked_estimate_are_positive():
     assert (low, high) == pytest.approx([value * math.exp(end / value - 1) for end in linear], rel=1e-9)
 
 
+@pytest.mark.parametrize("estimator", [deviation, heuristic], ids=lambda e: e.__name__)
+def test_resamples_without_any_spread_have_no_finite_rate(estimator):
+    """One task of three has features that are not 0: some resamples leave it out, and none gives a negative rate."""
+    low, high = bootstrap(estimator, torch.cat([normal(1, 4, 3, seed=0), torch.zeros(2, 4, 3)]))
+    assert 0 < low < high == math.inf
+
+
 def test_intervals_refuse_what_is_no_level_or_number():
     terms = limit.terms(ragged())
     for level in (0.0, 1.0, 1.5, math.nan):

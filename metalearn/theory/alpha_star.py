@@ -504,5 +504,7 @@ def _entries(features: Features) -> Tensor:
 
 
 def _variance(sums: Tensor, unbiased: bool) -> Tensor:
-    n = sums[..., 1]
-    return (sums[..., 3] - sums[..., 2] ** 2 / n) / (n - 1 if unbiased else n)
+    n, squares = sums[..., 1], sums[..., 3]
+    spread = squares - sums[..., 2] ** 2 / n
+    none = spread <= 64 * torch.finfo(spread.dtype).eps * squares  # rounding is all that is left of equal entries
+    return torch.where(none, 0, spread) / (n - 1 if unbiased else n)
