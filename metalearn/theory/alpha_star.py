@@ -118,7 +118,10 @@ class Terms(NamedTuple):
             which = key.integers(tasks, rows, size=tasks).to(self.values.device)
             found.append(of(self.values[which].sum(1)))
         ends = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=self.values.dtype, device=self.values.device)
-        low, high = torch.cat(found).quantile(ends).tolist()
+        values = torch.cat(found)
+        low, high = values.quantile(ends).tolist()
+        if math.isnan(high) and not values.isnan().any():  # between two infinite rates
+            high = math.inf
         return Interval(low, high)
 
 
