@@ -15,7 +15,7 @@ def largest(matrix: Tensor) -> Tensor:
 
 
 def inverse(matrix: Tensor, scale: Tensor | None = None, share: float = SINGULAR) -> Tensor:
-    """Moore-Penrose inverses of positive semi-definite matrices `[..., n, n]`.
+    """Moore-Penrose inverses of symmetric matrices `[..., n, n]`, positive semi-definite but for rounding.
 
     Args:
         matrix: those.
@@ -25,6 +25,6 @@ def inverse(matrix: Tensor, scale: Tensor | None = None, share: float = SINGULAR
     """
     values, vectors = torch.linalg.eigh(matrix)
     top = values[..., -1] if scale is None else torch.maximum(values[..., -1], scale)
-    kept = values > share * top[..., None]
+    kept = values.abs() > share * top[..., None]
     reciprocal = torch.where(kept, values, torch.inf).reciprocal()
     return (vectors * reciprocal[..., None, :]) @ vectors.mT
