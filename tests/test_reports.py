@@ -83,6 +83,11 @@ def test_the_console_knows_the_verb(monkeypatch, capsys):
     assert end.value.code == 2 and capsys.readouterr().err.startswith("metalearn: report: nope: must be one of")
 
 
+def test_tables_of_sentences_are_not_padded():
+    text = table(["a", "b"], [["a long sentence", "x"], ["y", "z"]], padded=False)
+    assert text.splitlines() == ["| a   |   b |", "| --- | --: |", "| a long sentence |   x |", "| y   |   z |"]
+
+
 def test_tables_are_aligned():
     lines = table(["name", "x"], [["a", "1.5"], ["longer", "10"]]).splitlines()
     assert lines == ["| name   |   x |", "| ------ | --: |", "| a      | 1.5 |", "| longer |  10 |"]

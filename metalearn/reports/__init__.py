@@ -137,9 +137,14 @@ def _write(folder: Path, page: Path, arguments: Sequence[str], content: Content,
     (folder / "report.json").write_text(text + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,)) -> str:
-    """A Markdown table whose columns are also aligned in a terminal, those of text (`left`) to the left."""
-    widths = [max(3, *(len(row[i]) for row in (columns, *rows))) for i in range(len(columns))]
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[int] = (0,), *, padded: bool = True
+) -> str:
+    """A Markdown table whose columns are also aligned in a terminal, those of text (`left`) to the left.
+
+    Not `padded`, its cells are as wide as their text: for sentences, which no terminal shows side by side.
+    """
+    widths = [max(3, *(len(row[i]) for row in (columns, *rows))) if padded else 3 for i in range(len(columns))]
     rule = ["-" * w if i in left else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
 
     def line(cells: Sequence[str]) -> str:

@@ -137,7 +137,7 @@ def _table(items: list[Item]) -> str:
         for f in item.shown.findings
     ]
     columns = ["item", "claim", "criterion", "measured", "verdict"]
-    return table(columns, rows, left=range(len(columns))) if rows else "Nothing has a result yet."
+    return table(columns, rows, left=range(len(columns)), padded=False) if rows else "Nothing has a result yet."
 
 
 def _count(items: list[Item]) -> str:
