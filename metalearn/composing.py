@@ -1,6 +1,7 @@
 """Hydra's composition: configurations from chosen members and values, cached for sweeps. Imports no torch."""
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +27,12 @@ OF_EXPERIMENT = ("grid", "sizes", "shows")
 
 
 class composer:
-    """Hydra's compose for the duration of a block, restoring whatever was initialised before."""
+    """Hydra's compose for the duration of a block, restoring whatever was initialised before.
+
+    What was composed is kept from block to block, until a yaml file of these folders has changed.
+    """
+
+    _seen: tuple[Any, ...] = ()
 
     def __init__(self, config_dirs: Sequence[str]):
         self.dirs = [str(Path(d).resolve()) for d in config_dirs]
@@ -38,8 +44,9 @@ class composer:
         initialize_config_dir(conf_dir(), version_base="1.3")
         search_path.clear()
         search_path.extend(self.dirs)
-        base_of.cache_clear()
-        dataset_section.cache_clear()
+        if (seen := tuple(_files(conf_dir(), *self.dirs))) != composer._seen:
+            forget()
+            composer._seen = seen
 
     def __exit__(self, *_: object) -> None:
         GlobalHydra.instance().clear()
@@ -47,6 +54,22 @@ class composer:
 
 
 search_path: list[str] = []
+
+
+def _files(*folders: str) -> Iterator[tuple[str, int, int]]:
+    """Every yaml file below folders, with what changes when it is written."""
+    for folder in folders:
+        for place, _, names in os.walk(folder):
+            for name in names:
+                if name.endswith(".yaml"):
+                    about = os.stat(os.path.join(place, name))
+                    yield os.path.join(place, name), about.st_mtime_ns, about.st_size
+
+
+def forget() -> None:
+    """Drop what was composed; for whoever changes schemas, which no file shows."""
+    base_of.cache_clear()
+    dataset_section.cache_clear()
 
 
 class Base(NamedTuple):

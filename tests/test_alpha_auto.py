@@ -20,7 +20,6 @@ from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import BadInput
 from metalearn.theory.alpha_star import split
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 AUTO = ("algorithm.alpha=auto", "trainer.max_steps=3", "trainer.val_every=0")
 LINEAR = ("backbone=mlp", "backbone.hidden=[]", "trainer.precision=64")
 

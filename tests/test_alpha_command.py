@@ -23,7 +23,6 @@ from metalearn.schema import BadInput
 from metalearn.theory import tangent
 from metalearn.theory.alpha_star import limit, split
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SMALL = ("dataset=sinusoid", "backbone=mlp", "backbone.hidden=[5]", "trainer.precision=64", "trainer.threads=1")
 SAME = 1e-9
 

@@ -26,7 +26,6 @@ from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import BadInput
 from metalearn.selection import select as results_of
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 KINDS = ["classification", "regression"]
 COVARIANCES = ["gram_mean", "feature_mean", "diag"]
 ONLINE = ("algorithm=anil", "algorithm.alpha=online")

@@ -22,7 +22,6 @@ from metalearn.ledger import CellDir
 from metalearn.record import table
 from metalearn.run import run
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 TSA = (
     *(
         "algorithm=tsa_maml",

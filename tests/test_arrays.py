@@ -21,7 +21,6 @@ from metalearn.random import Key
 from metalearn.run import build_learner, run
 from metalearn.schema import BadInput, member_of
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SPLITS = ("train", "val", "test")
 EPISODES = {"way": 2, "shot": 1, "queries": 2, "test_queries": 2}
 SMALL = [f"dataset.{k}={v}" for k, v in EPISODES.items()]

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from pathlib import Path
 
 import pytest
 import tiny_omniglot
@@ -20,15 +21,12 @@ from metalearn.schema.groups import Run
 from metalearn.schema.keys import key
 from metalearn.schema.registry import SINGLE
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SINE = "dataset=sinusoid"
-forget = functools.partial(type(composing.base_of).cache_clear, composing.base_of)
 
 
 @pytest.fixture
 def conf(tmp_path):
     """A user's folder of groups: `conf("experiment/x", text)` writes a file there and returns the folders."""
-    forget()
 
     def write(name: str, text: str) -> list[str]:
         path = tmp_path / "my conf, x=1" / f"{name}.yaml"
@@ -36,8 +34,7 @@ def conf(tmp_path):
         path.write_text(text)
         return [str(tmp_path / "my conf, x=1")]
 
-    yield write
-    forget()
+    return write
 
 
 def one(*arguments: str, config_dirs=()) -> cells.Cell:
@@ -365,7 +362,7 @@ def extended(monkeypatch):
     def compose_anew():
         register.cache_clear()
         register()
-        forget()
+        composing.forget()
 
     yield extend
     monkeypatch.undo()
@@ -517,6 +514,20 @@ def test_any_text_is_understood_or_refused(name, value):
         assert expand([f"{name}={value}"])
     except BadInput as error:
         assert 0 < len(str(error).splitlines()) <= 3
+
+
+def test_a_changed_file_is_read_again(conf, monkeypatch):
+    """Compositions are kept from call to call, for as long as no yaml file is other than it was."""
+    folders = conf("experiment/mine", "# @package _global_\nseed: 3\n")
+    assert one(SINE, "experiment=mine", config_dirs=folders).config["seed"] == 3
+    made = []
+    monkeypatch.setattr(composing, "compose", lambda *a, **k: made.append(a) or compose(*a, **k))
+    assert one(SINE, "experiment=mine", config_dirs=folders).config["seed"] == 3 and not made
+    conf("experiment/mine", "# @package _global_\nseed: 45\n")
+    assert one(SINE, "experiment=mine", config_dirs=folders).config["seed"] == 45 and made
+    Path(folders[0], "experiment", "mine.yaml").unlink()
+    with pytest.raises(BadInput, match="experiment=mine: no such experiment"):
+        one(SINE, "experiment=mine", config_dirs=folders)
 
 
 def test_hydra_is_left_as_it_was():

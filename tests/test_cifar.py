@@ -30,8 +30,6 @@ EPISODES = {"way": 5, "shot": 1, "queries": 2}
 OFFICIAL = "cifar-100-python.tar.gz"
 CACHE = os.environ.get("METALEARN_CACHE")
 
-pytestmark = pytest.mark.usefixtures("compose_once")
-
 
 @pytest.fixture(autouse=True)
 def small(request, tmp_path, monkeypatch):

@@ -22,7 +22,6 @@ from metalearn.schema.groups import Run
 from metalearn.schema.registry import SINGLE
 from metalearn.studies import Study
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 PLAIN = yaml.safe_load(Path(conf_dir(), "config.yaml").read_text())["defaults"]
 CHOICES = [(group, name) for group in composing.CHOICES if group != "experiment" for name in members(group)]
 TYPES = [(group, schema) for group, found in MEMBERS.items() for schema in found.values()]

@@ -131,13 +131,11 @@ def test_linear_regression_converges_to_the_closed_form():
         (["algorithm.inner_steps=2"], "algorithm.inner_steps: no such key"),
     ],
 )
-@pytest.mark.usefixtures("compose_once")
 def test_what_cannot_be_is_refused(arguments, message):
     with pytest.raises(BadInput, match=message):
         expand(["algorithm=erm", *arguments])
 
 
-@pytest.mark.usefixtures("compose_once")
 def test_legal_forms_have_the_right_heads():
     for arguments, outputs in (
         (["dataset.test_way=4"], 847),

@@ -13,7 +13,6 @@ from metalearn.experiment_report.page import Html, page, tag
 from metalearn.schema import BadInput
 from metalearn.selection import dimensions, select
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 HOSTILE = "<script>alert('x')</script> & \"quotes\""
 
 

@@ -19,7 +19,6 @@ from metalearn.run import build, build_data, build_learner, run
 from metalearn.schema import is_study
 from metalearn.tables.definition import load, names, unavailable
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 CELLS = {  # of one seed, and seeds
     "gradagree/corrupted": (4, 10),
     "gradagree/corrupted_omniglot": (8, 3),

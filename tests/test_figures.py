@@ -16,8 +16,6 @@ from metalearn.schema import BadInput
 from metalearn.schema.keys import few
 from metalearn.selection import select
 
-pytestmark = pytest.mark.usefixtures("compose_once")
-
 
 @pytest.fixture
 def sweep(tmp_path):

@@ -24,8 +24,6 @@ from metalearn.random import Key
 from metalearn.run import run
 from metalearn.schema import BadInput, member_of
 
-pytestmark = pytest.mark.usefixtures("compose_once")
-
 SPLITS = ("train", "val", "test")
 CLASSES = [f"class{i:02d}" for i in range(12)]
 SMALL = ["dataset.shot=1", "dataset.queries=2", "dataset.test_queries=2", "dataset.way=2", "dataset.size=8"]

@@ -28,7 +28,6 @@ from metalearn.run import run
 from metalearn.samplers import Uniform
 from metalearn.schema import BadInput
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 FAMILIES = ("sine", "line", "quadratic", "cubic")
 
 

@@ -339,7 +339,6 @@ def test_divergence_says_which_step_would_not():
         step(learner, meta_batch(episodes))
 
 
-@pytest.mark.usefixtures("compose_once")
 def test_a_step_beyond_the_proximal_term_alone_is_refused():
     """Before anything is run: curvature that is not negative only makes it worse."""
     for name in ("lam", "test_lam"):

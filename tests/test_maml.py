@@ -228,7 +228,6 @@ def test_minibatches_need_coordinates_and_plain_steps():
         create(("mmaml", "regression"), variant="tail")
 
 
-@pytest.mark.usefixtures("compose_once")
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -242,7 +241,6 @@ def test_keys_of_the_variants(arguments, message):
         expand(["algorithm=fomaml", *arguments] if "algorithm=hsml" not in arguments else arguments)
 
 
-@pytest.mark.usefixtures("compose_once")
 def test_the_standard_variant_is_the_cell_it_was():
     """New keys at their defaults enter no id."""
     (plain,), (given,) = (expand(["algorithm=fomaml", *more]) for more in ([], ["algorithm.variant=query"]))

@@ -17,7 +17,6 @@ from metalearn.run import build_learner, run
 from metalearn.schema import BadInput
 from metalearn.schema.algorithms import SIZES
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SINE, GLYPHS, CIFAR, MINI = (1,), (1, 28, 28), (3, 32, 32), (3, 84, 84)
 
 

@@ -20,7 +20,6 @@ from metalearn.run import run
 from metalearn.schema import BadInput
 from metalearn.schema.datasets import Sinusoid as SinusoidKeys
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 CURVES = {
     "sinusoid": {"_target_": "metalearn.datasets.sinusoid.Sinusoid", "queries": 4, "test_queries": 6},
     "harmonic": {"_target_": "metalearn.datasets.harmonic.Harmonic", "queries": 4, "test_queries": 6},

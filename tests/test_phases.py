@@ -15,7 +15,6 @@ from metalearn.prerequisites import NoStart
 from metalearn.run import build, build_learner, run
 from metalearn.schema import BadInput
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 TSA = (
     *("algorithm=tsa_maml", "algorithm.m=2", "algorithm.tasks=150", "algorithm.id_steps=2", "algorithm.alpha=0.05"),
     *("algorithm.pretrain_steps=5", "trainer.max_steps=6", "trainer.val_every=3", "trainer.save_seconds=1e-9"),

@@ -25,7 +25,6 @@ from metalearn.sweep.layout import aligned, between, roughly, size
 from metalearn.sweep.schedule import Job, course
 from metalearn.sweep.speed import Speed, groups, signature, validations
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SINE = ("dataset=sinusoid", "dataset.variant=finn", "logger=none")
 SPEED = Speed(
     start=4.0, once=1.0, setup=1.0,

@@ -34,7 +34,6 @@ torchmeta_package.load()
 from torchmeta.transforms import ClassSplitter, Rotation  # noqa: E402
 from torchmeta.utils.data import ClassDataset, CombinationMetaDataset, Dataset, MetaDataset, Task  # noqa: E402
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 SPLITS = ("train", "val", "test")
 each_curve = pytest.mark.parametrize("variant", CURVES)
 

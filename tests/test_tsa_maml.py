@@ -23,7 +23,6 @@ from metalearn.random import Key
 from metalearn.run import run
 from metalearn.schema import BadInput
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 CASE = ("tsa_maml", "classification")
 
 

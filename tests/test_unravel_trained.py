@@ -20,7 +20,6 @@ from metalearn.run import build, build_data, build_learner
 from metalearn.shown import Shown
 from metalearn.unravel import fig3, fig10a, fig10b, fig12, heuristic_range, rates
 
-pytestmark = pytest.mark.usefixtures("compose_once")
 TASKS = np.random.default_rng(0).gamma(1.0, size=40)
 TASKS /= TASKS.mean()
 """Errors of test tasks, as multiples of their mean."""

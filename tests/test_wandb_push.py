@@ -18,8 +18,6 @@ from metalearn import wandb_push
 from metalearn.schema import BadInput
 
 KEY = "0123456789" * 4
-pytestmark = pytest.mark.usefixtures("compose_once")
-
 METRICS = {
     "mse": {"mean": 0.25, "std": 0.5, "ci95": 0.04, "n": 600, "interval": "tasks", "unit": "target^2"},
     "mse@step=0": {"mean": 3.5, "std": 0.5, "ci95": 0.04, "n": 600, "interval": "tasks", "unit": "target^2"},

@@ -83,6 +83,12 @@ def register() -> None:
         store.store(group=f"schema/{group}", name=group, node=_defaults(schema))
     store.store(group="schema", name="run", node=_defaults(groups.Run))
     store.store(group="hydra/sweeper", name="cells", node={"_target_": "metalearn.sweeper.CellSweeper"})
+    ConfigStore.__deepcopy__ = _itself  # type: ignore[attr-defined]
+
+
+def _itself(store: ConfigStore, memo: dict[int, Any]) -> ConfigStore:
+    """For each composition Hydra copies the store, a singleton of which it changes nothing: a quarter of the time."""
+    return store
 
 
 def _defaults(schema: type) -> dict[str, Any]:
