@@ -50,7 +50,7 @@ smoke: $(STAMP) ## Train a tiny MAML and print its table (about ten seconds)
 		trainer.val_every=100 trainer.val_episodes=50 trainer.test_episodes=100 logger=none
 
 test: $(STAMP) ## The unmarked tests: no data, no network, no SLURM, under three minutes
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## The slow tests, and those on data if METALEARN_DATA_OMNIGLOT or _CIFAR100 is set
 	@$(BIN)/python -m pytest -q -m "$(SLOW) and not slurm and not gpu" $(PYTEST_ARGS)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from metalearn import cli, reports
+from metalearn import cli, reports, shown
 from metalearn.bench.workloads import WORKLOADS
 from metalearn.reports import speed, table
 from metalearn.schema import BadInput
@@ -109,6 +109,10 @@ def test_the_taylor_report(report):
     assert all(r["holds"] for r in (*data["orders"], *data["linear"]))
 
 
+VERDICTS = ["holds", "holds", *["does not hold"] * 3]
+"""Of Corollary 1's claims."""
+
+
 def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_path, monkeypatch, capsys):
     """Claims with their verdicts; a second call computes nothing, and training is not begun unasked."""
     from metalearn import cli
@@ -116,10 +120,10 @@ def test_the_report_on_alpha_runs_what_is_missing_and_draws_again(report, tmp_pa
     call = ("unravel", "--only", "corollary1", "--results", str(tmp_path / "results"), "--threads", "1")
     data, text, _ = report(*call)
     found = [row for row in rows(text) if len(row) == 5][1:]
-    assert [r[0] for r in found] == ["corollary1"] * 3 and [r[4] for r in found] == ["holds", "holds", "does not hold"]
-    assert [f["holds"] for f in data["items"][0]["findings"]] == [True, True, False]
+    assert [r[0] for r in found] == ["corollary1"] * 5 and [r[4] for r in found] == VERDICTS
+    assert [shown.VERDICTS[f["holds"]] for f in data["items"][0]["findings"]] == VERDICTS
     assert "## Corollary 1" in text and "(corollary1.png)" in text
-    assert "The paper's claims: 1 of 2 hold as judged, 1 do not, 0 are undecided. Our further claims: 1 of 1" in text
+    assert "The paper's claims: 1 of 4 hold as judged, 3 do not, 0 undecided. Our further claims: 1 of 1" in text
     monkeypatch.setattr(cli, "work", None)
     assert report(*call)[1].splitlines()[:-1] == text.splitlines()[:-1]
     page = tmp_path / "docs" / "page.md"

@@ -140,15 +140,21 @@ BOUNDED = ("alpha_lim", "lower", "upper")
 def test_corollary_1_lower_bound_fails_for_random_designs_alone(shows):
     """One Gaussian feature: alpha*_lim = K / (2 (K + 4)), below 1/2; polynomials: 248 and 286 times at K = 1."""
     content, (result,) = shows("corollary1")
-    upper, fixed, random = content.findings
+    upper, fixed, random, example, simple = content.findings
     assert (upper.holds, fixed.holds, random.holds) == (True, True, False)
+    assert example.holds is simple.holds is False
+    assert "0.1 printed; exactly 0.1 for d = 1, 0.0556 for d = 5, 0.0208 for d = 20" in example.measured
+    assert "H.15 0.025 beside 0.0049 for N K = 20, d = 2000; 0.005 beside 0.199 for N K = 100" in simple.measured
     assert shown.scalar(result, "alpha_lim@K=10,d=1,design=gaussian")[0] == pytest.approx(10 / 28)
     found = {(k, s): shown.scalar(result, f"lower_over_alpha@K={k},d=5,design=polynomial_s{s}")[0]
              for k in (1, 10, 50, 1000) for s in (1, 2)}  # fmt: skip
     assert all(245 < found[1, s] < 290 and 4 < found[50, s] < found[10, s] < 28 and found[1000, s] < 1 for s in (1, 2))
     assert shown.scalar(result, "lower_over_alpha")[0] == found[1, 2] == max(found.values())
     assert "kept in 10 of 20 designs" in random.measured
-    assert "polynomial, s = 2, K = 1, d = 5: the bound is 3.59e-06, and alpha*_lim 1.25e-08, a 286th" in random.measured
+    assert (
+        "polynomial, s = 2, K = 1, d = 5: the bound is 3.59e-06, and alpha*_lim 1.25e-08, a factor of 286 below"
+        in random.measured
+    )
 
 
 def test_corollary_1_names_the_worst_design(shows):
@@ -156,7 +162,7 @@ def test_corollary_1_names_the_worst_design(shows):
     other = with_means(result, {"lower K=10,d=20,design=gaussian": 1e3})
     assert "by most for Gaussian, K = 10, d = 20: the bound is 1e+03" in corollary1.show([other]).findings[2].measured
     broken = with_means(result, {"upper K=10,d=20,design=gaussian": 1e-3, "lower K=10,d=5,design=fixed": 1.0})
-    upper, fixed, random = corollary1.show([broken]).findings
+    upper, fixed, random, *_ = corollary1.show([broken]).findings
     assert (upper.holds, fixed.holds, random.holds) == (False, False, False)
     assert "kept in 31 of 32 designs" in upper.measured and "for Gaussian, shared, K = 10, d = 5" in fixed.measured
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from metalearn import cells
 from metalearn.cells import Cell
+from metalearn.identity import short_hash
 from metalearn.ledger import write_atomically, write_json
 from metalearn.options import Parser, config_dirs, whole
 from metalearn.schema import BadInput, fields_of, is_study, member_of
@@ -31,7 +32,8 @@ network, seed and adapted parameters:
 - the query loss after one step of the algorithm's own, over alphas, on the same tasks
 - values to sweep, as a command
 
-Intervals are 95 % over tasks (bootstrap). alpha.json, alpha.png and alpha.svg go to <output_dir>/alpha/<cell id>."""
+Intervals are 95 % over tasks (bootstrap). alpha.json, alpha.png and alpha.svg go to <output_dir>/alpha/<cell id>
+(<cell id>-<mark> with the options below)."""
 STABILITY_TASKS = 8
 POINTS, SPAN = 11, 32.0
 """Alphas of the curve, and how far from alpha* it goes."""
@@ -80,12 +82,18 @@ def main(arguments: Sequence[str]) -> int:
     more = [f"--config-dir={d}" for d in config_dirs(options)] + [o for o in options.overrides if cells.is_hydra(o)]
     report["sweep_command"] = command(cell, report["sweep"], more)
     drawn = {kind: picture.encoded(report, kind) for kind in ("png", "svg")}  # all before the first file
-    folder = options.output or Path(cell.config["output_dir"]) / "alpha" / cell.cell_id
+    folder = options.output or Path(cell.config["output_dir"]) / "alpha" / place(cell, numbers, options.start)
     write_json(folder / "alpha.json", report)
     for kind, content in drawn.items():
         write_atomically(folder / f"alpha.{kind}", content)
     print(text(report) + f"\n{folder / 'alpha.json'}, alpha.png, alpha.svg")
     return 0
+
+
+def place(cell: Cell, numbers: Mapping[str, Any], start: Path | None) -> str:
+    """The folder's name: the cell's id, and a mark of the options where they are not the default ones."""
+    asked = {k: v for k, v in numbers.items() if v is not None} | ({"start": str(start)} if start else {})
+    return cell.cell_id + (f"-{short_hash(asked)[:6]}" if asked else "")
 
 
 def refuse(cell: Cell) -> None:

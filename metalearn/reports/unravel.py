@@ -18,12 +18,23 @@ if TYPE_CHECKING:
 
 TITLE = "figures and claims of Unraveling MAML (adaptation learning rate), run from nothing"
 DESCRIPTION = """Runs the experiments unravel/*, as far as they have no result yet, draws them, and lists each claim of
-the paper with what was measured: about half an hour on two cores, from nothing. Figure 3 needs the files of Omniglot
-(metalearn -m experiment=unravel/fig3 dataset.root=...) and is drawn from results that are there."""
+the paper with what was measured: minutes for those that train nothing, some twenty more for Figures 10 and 12 (or --from
+docs/runs). Figure 3 needs the files of Omniglot (metalearn -m experiment=unravel/fig3 dataset.root=...) and is drawn from
+results that are there."""
 PAPER = "unravel"
 INTRODUCTION = """What Zou, Liu & Li (ICLR 2022) derive and show of alpha*, the best inner rate, and what was measured.
 `metalearn report unravel` runs and judges all of it, `metalearn -m experiment=unravel/<item>` one item (PNG and SVG),
-with `size=paper` in the paper's full size. `metalearn alpha` is the tool for your own runs."""
+with `size=paper` in the paper's full size. `metalearn alpha` is the tool for your own runs.
+
+N tasks of K samples each have features Phi `[K, d]`, G = Phi^T Phi, and noise-free labels of optima a; w_m(alpha) is
+MAML's minimiser with one inner step of rate alpha, and w_r = w_m(0) joint training's. The best rate of many tasks is
+
+- alpha*_lim = K tr E[G^2] / (2 tr E[G^3]) (Theorem 1, eq. 3.3); with other samples to test on, Phi_t beside Phi_u,
+  K tr E[G_u G_t] / (2 tr E[G_u G_t G_u]) (Corollary 2)
+- H.14: the same of all N K samples' features Psi as one task; H.15: 1 / (2 N K sigma^2), sigma their deviation; H.18:
+  1 / (2 min(N K, d) sigma^2), and the range of that for features in [0, 1]
+
+F_t is the mean squared distance to new tasks' optima after t steps of gradient descent (Definition 1)."""
 
 
 class Item(NamedTuple):
@@ -69,10 +80,13 @@ def _chosen(only: list[str] | None, size: str | None) -> list[str]:
     from metalearn.schema import BadInput, nearest
 
     there = [m.partition("/")[2] for m in members("experiment") if m.startswith(f"{PAPER}/")]
-    for name in only or ():
-        if name not in there:
+    chosen = []
+    for name in only or there:
+        panels = [name] if name in there else [n for n in there if n[:-1] == name and n[-1].isalpha()]
+        if not panels:
             raise BadInput(f"--only {name}: must be one of {', '.join(there)}{nearest(name, there)}")
-    found = sorted((n for n in only or there if shown.module_of(f"{PAPER}/{n}")), key=_place)
+        chosen += panels
+    found = sorted((n for n in dict.fromkeys(chosen) if shown.module_of(f"{PAPER}/{n}")), key=_place)
     for name in found:
         if size is not None and size not in (sizes := preset(f"{PAPER}/{name}", "sizes") or {}):
             raise BadInput(f"--size {size}: {name} has {', '.join(sizes) or 'one size'}{nearest(size, list(sizes))}")
@@ -87,7 +101,7 @@ def _place(name: str) -> tuple[str, int, str]:
 
 def _item(name: str, options: argparse.Namespace, stored: Stored) -> Item:
     from metalearn import cli, shown
-    from metalearn.schema import is_study
+    from metalearn.schema import BadInput, is_study
 
     experiment = f"{PAPER}/{name}"
     words = [f"experiment={experiment}", f"output_dir={options.results}", "logger=none"]
@@ -102,7 +116,10 @@ def _item(name: str, options: argparse.Namespace, stored: Stored) -> Item:
             cli.work([c.overrides for c in wanting], [])
     results = [r for c in found if (r := _result(c, stored)) is not None]
     module = shown.module_of(experiment)
-    content = shown.show(experiment, module, results) if module and results else None
+    try:
+        content = shown.show(experiment, module, results) if module and results else None
+    except KeyError as error:  # a result without a number that is looked for
+        raise BadInput(f"{experiment}: {error.args[0]}; run it again with rerun=true") from None
     return Item(name, content, len(found) - len(results))
 
 
@@ -147,7 +164,7 @@ def _count(items: list[Item]) -> str:
         verdicts = [f.holds for f in found if f.ours == own]
         counts.append(
             f"{whose} claims: {verdicts.count(True)} of {len(verdicts)} hold as judged, {verdicts.count(False)} do not,"
-            f" {verdicts.count(None)} are undecided."
+            f" {verdicts.count(None)} undecided."
         )
     return " ".join([*counts, "Ours are second readings of the paper's, or the same with other constants."])
 

@@ -36,7 +36,7 @@ class Corollary1(Study):
     """metalearn.studies.Corollary1."""
 
     target: ClassVar[str] = "metalearn.studies.Corollary1"
-    epoch: ClassVar[int] = 2  # random designs were sampled before
+    epoch: ClassVar[int] = 3  # 2: random designs are not sampled; 3: examples
 
     samples: list[int] = key([1, 10, 50, 1000], "numbers of samples K", ge=1)
     widths: list[int] = key([1, 5, 20], "numbers of features d of the Gaussian designs", ge=1)
@@ -246,6 +246,7 @@ class TangentQuadratic(Study):
     """metalearn.studies.TangentQuadratic."""
 
     target: ClassVar[str] = "metalearn.studies.TangentQuadratic"
+    epoch: ClassVar[int] = 2  # cut-offs have names since
 
     tasks: list[int] = key([50, 85, 68, 112], "numbers of tasks N", ge=2)
     samples: list[int] = key([15, 19, 23, 7], "numbers of samples K, one for each of study.tasks", ge=1)
@@ -280,6 +281,7 @@ class SineLastLayer(Study):
     """metalearn.studies.SineLastLayer."""
 
     target: ClassVar[str] = "metalearn.studies.SineLastLayer"
+    epoch: ClassVar[int] = 2  # one network before
 
     pretrain_steps: int = key(5000, "meta-steps of joint training of each network", ge=1)
     pretrain_seeds: list[int] = key([*range(8)], "seed of that training, one for each network", ge=0)

@@ -13,6 +13,8 @@ from metalearn.theory import alpha_star, designs
 
 DEVIATIONS = (1, 2)
 """Of x in polynomials."""
+STACKED = (20, 2000), (100, 100)
+"""Samples in all and features at which H.15 is held against H.14."""
 POWERS = 5
 """Features d of polynomials."""
 
@@ -43,7 +45,11 @@ class Corollary1(Study):
         self.samples, self.widths = samples, widths
 
     def measure(self, key: Key, starts: Sequence[State]) -> Iterator[Measured]:
-        """Yields for each design `alpha_lim`, `lower`, `upper`, and `lower_over_alpha`: above 1, it is no bound."""
+        """Yields for each design `alpha_lim`, `lower`, `upper`, and `lower_over_alpha`: above 1, it is no bound.
+
+        Also two of the paper's formulas that are no consequence of its own: `example2`, E[Y^4] / (2 E[Y^6]) for one
+        sample of N(0, 1) features, and `h15` beside `h14` for N K samples of d such features.
+        """
         found = list(self._designs(key))
         yield exact("lower_over_alpha", max(rates.lower / rates.limit for _, rates in found))
         for where, rates in found:
@@ -51,6 +57,11 @@ class Corollary1(Study):
             yield exact("lower", rates.lower, "rate", **where)
             yield exact("upper", rates.upper, "rate", **where)
             yield exact("lower_over_alpha", rates.lower / rates.limit, **where)
+        moments = designs.normal().moments()
+        yield exact("example2", moments[4] / (2 * moments[6]), "rate")
+        for rows, width in STACKED:
+            yield exact("h14", alpha_star.gaussian_limit(rows, width), "rate", NK=rows, d=width)
+            yield exact("h15", 1 / (2 * rows), "rate", NK=rows, d=width)
 
     def _designs(self, key: Key) -> Iterator[tuple[dict[str, Any], Rates]]:
         for k in self.samples:

@@ -65,6 +65,7 @@ def _inside(result: Result) -> Finding:
         "between its ends",
         f"{rate:.3f} beside {low:.3g} to {high:.3g}, from the range of the features",
         low <= rate <= high,
+        ours=True,
     )
 
 

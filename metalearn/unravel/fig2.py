@@ -115,7 +115,6 @@ def _finding(result: Result, cutoff: str) -> Finding:
         f"within {WITHIN:g}x of the best alpha and {WORSE:g}x of the least loss on fresh points, in every pair (K, N)",
         measured,
         not far if inside else None,
-        ours=cutoff != labels(result, "rank", "cutoff")[0],
     )
 
 

@@ -49,7 +49,11 @@ def show(results: Sequence[Result]) -> Shown:
     curves = [c for c in (_curve(rate, own) for rate, own in _by_rate(results).items()) if c]
     config = results[0].config
     setting = f"{config['dataset']['way']}-way {config['dataset']['shot']}-shot, width {config['backbone']['width']}"
-    notes = (f"{setting}, {config['trainer']['max_steps']} meta-steps; validation classes, bn={_mode(results)}",)
+    notes = (
+        f"{config['dataset']['name']}, {setting}, {config['trainer']['max_steps']} meta-steps, for minutes on a CPU; "
+        "the paper has 20-way 1-shot Omniglot and 40,000 meta-steps (size=paper)",
+        f"accuracies are of validation classes, bn={_mode(results)}; means over seeds are compared without an interval",
+    )
     figures = {"fig3": _figure(curves, setting)} if curves else {}
     return Shown(TITLE, figures, [_faster(curves), _fastest(curves)], notes)
 

@@ -99,7 +99,7 @@ def _loss(laws: Sequence[Law], names: str, turn: float, tasks: str) -> Finding:
         f"sum of l_t(w_m) - l_t(w_r) positive at t = 0 and negative from t = {2 * turn:g} on, beyond 95 %",
         measured,
         holds,
-        ours=tasks == "new",
+        ours=tasks == "own",
     )
 
 

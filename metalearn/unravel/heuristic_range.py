@@ -52,9 +52,8 @@ def draw(title: str, name: str, results: Sequence[Result]) -> Shown:
     ]
     if text := beyond(line, top):
         notes.append(f"beyond the axis: {text}")
-    findings = [
-        _finding(f"{panel}: the best alpha lies inside {r.name}", line, r, ours=i > 0) for i, r in enumerate(found)
-    ]
+    findings = [_point(f"{panel}: the best alpha lies inside {paper.name}", line, paper)]
+    findings += [_finding(f"{panel}: all alphas that may be the best lie inside {r.name}", line, r) for r in found]
     return Shown(title, {name: _figure(title, line, found, top)}, findings, tuple(notes))
 
 
@@ -87,13 +86,35 @@ def ranges(config: Config) -> list[Range]:
     ]  # fmt: skip
 
 
-def _finding(claim: str, line: Sequence[Scored], r: Range, *, ours: bool) -> Finding:
-    near = near_best(line)
+def _point(claim: str, line: Sequence[Scored], r: Range) -> Finding:
+    """The paper's: of the one rate with the least error, whatever its neighbours have."""
+    rate = best(line).rate
+    inside = r.low <= rate <= r.high
+    return Finding(
+        claim,
+        f"the rate of least test error inside {r.definition}; with rates tested below it, and above it or up to one "
+        "without a finite error",
+        f"{rate:g}, {'inside' if inside else 'outside'} {r.low:.3g} to {r.high:.3g}; {_tested(line, r)}",
+        inside if _passed(line, r) else None,
+    )
+
+
+def _tested(line: Sequence[Scored], r: Range) -> str:
     below, above = sum(s.rate < r.low for s in line), sum(s.rate > r.high for s in line)
+    return f"of {len(line)} rates {below or 'none'} tested below it, {above or 'none'} above"
+
+
+def _passed(line: Sequence[Scored], r: Range) -> bool:
+    """Whether rates were tested beyond both ends."""
+    return line[0].rate < r.low and (line[-1].rate > r.high or line[-1].lost > 0)
+
+
+def _finding(claim: str, line: Sequence[Scored], r: Range) -> Finding:
+    near = near_best(line)
     others = ", ".join(f"{s.rate:g}" for s in near if s is not best(line))
     measured = (
         f"{best(line).text()}; not told from it: {others or 'none'}; range {r.low:.3g} to {r.high:.3g} ({r.parts}); "
-        f"of {len(line)} rates {below or 'none'} tested below it, {above or 'none'} above"
+        f"{_tested(line, r)}"
     )
     if lost := [s.text() for s in line if s.lost]:
         measured += "; " + ", ".join(lost)
@@ -101,14 +122,13 @@ def _finding(claim: str, line: Sequence[Scored], r: Range, *, ours: bool) -> Fin
         "the rate of least test error and all that cannot be told from it (95 %, paired over seeds and test tasks) "
         f"inside {r.definition}; with rates tested below it, and above it or up to one without a finite error"
     )
-    return Finding(claim, criterion, measured, _holds(line, near, r), ours)
+    return Finding(claim, criterion, measured, _holds(line, near, r), ours=True)
 
 
 def _holds(line: Sequence[Scored], near: Sequence[Scored], r: Range) -> bool | None:
     """None if rates on both sides of an end are as good as the best, or an end was not passed."""
     inside = {r.low <= s.rate <= r.high for s in near}
-    passed = line[0].rate < r.low and (line[-1].rate > r.high or line[-1].lost > 0)
-    return inside.pop() if passed and len(inside) == 1 else None
+    return inside.pop() if _passed(line, r) and len(inside) == 1 else None
 
 
 def _figure(title: str, line: Sequence[Scored], found: Sequence[Range], top: float) -> Figure:

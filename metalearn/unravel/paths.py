@@ -148,7 +148,6 @@ def _outer(result: Result) -> Finding:
         f"negative in {_share(falls)} draws; least at {at.mean():.2f} alpha*_lim on average ({at.min():.2f} to"
         f" {at.max():.2f})",
         bool((falls > 0).all() and abs(at.mean() - 1) <= NEAR),
-        ours=True,
     )
 
 
