@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 TITLE = "figures and claims of Unraveling MAML (adaptation learning rate), run from nothing"
 DESCRIPTION = """Runs the experiments unravel/*, as far as they have no result yet, draws them, and lists each claim of
-the paper with what was measured: minutes for those that train nothing, some twenty more for Figures 10 and 12 (or --from
-docs/runs). Figure 3 needs the files of Omniglot (metalearn -m experiment=unravel/fig3 dataset.root=...) and is drawn from
-results that are there."""
+the paper with what was measured: minutes for those that train nothing, some twenty more for Figures 10 and 12 (or
+--from docs/runs). Figure 3 needs the files of Omniglot (metalearn -m experiment=unravel/fig3 dataset.root=...) and is
+drawn from results that are there."""
 PAPER = "unravel"
 INTRODUCTION = """What Zou, Liu & Li (ICLR 2022) derive and show of alpha*, the best inner rate, and what was measured.
 `metalearn report unravel` runs and judges all of it, `metalearn -m experiment=unravel/<item>` one item (PNG and SVG),
