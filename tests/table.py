@@ -206,6 +206,14 @@ def each_class(cases: list[Case]) -> Any:
     return pytest.mark.parametrize("case", marked, ids=map("-".join, cases))
 
 
+def each_setting(cases: list[Case]) -> Any:
+    """The same, where a class's further rows, its settings, run with every `make test` on their first kind of data."""
+    first = {row.cls: row.name for row in reversed(ALGORITHMS)}
+    plain = [case for case in cases if case[0] in first.values() or case[1] == ROWS[case[0]].cls.kinds[0]]
+    marked = [case if case in plain else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    return pytest.mark.parametrize("case", marked, ids=map("-".join, cases))
+
+
 def where(**wanted: Any) -> list[Case]:
     """The cases whose rows have these values."""
     return [case for case in CASES if all(getattr(ROWS[case[0]], k) == v for k, v in wanted.items())]

@@ -19,6 +19,7 @@ from table import (
     bits,
     create,
     each,
+    each_setting,
     every_score,
     regularizer,
     select,
@@ -39,7 +40,7 @@ from metalearn.optim import SGD, Adam
 # ---- what holds for all ------------------------------------------------------------------------------------------
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_shapes(case):
     learner, episodes = create(case), tasks_for(case)
     theta, (tasks, queries) = learner.theta(), episodes.query.y.shape[:2]
@@ -57,7 +58,7 @@ def test_shapes(case):
     assert all(value.shape == (tasks,) for pair in scores.values() for value in pair)
 
 
-@each(where(couples=False))
+@each_setting(where(couples=False))
 def test_a_batch_is_its_tasks_alone(case):
     """Gradients are the mean over tasks, losses and scores those of each task by itself."""
     learner, batch = trained(case)
@@ -72,7 +73,7 @@ def test_a_batch_is_its_tasks_alone(case):
         assert_close(pair, tuple(torch.cat(values) for values in zip(*(s[point] for s in scores), strict=True)))
 
 
-@each(CASES)
+@each_setting(CASES)
 @pytest.mark.parametrize("fits", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_chunks_change_nothing(case, fits):
     """One task at a time, or two unequal chunks."""
@@ -84,7 +85,7 @@ def test_chunks_change_nothing(case, fits):
     assert_close((meta_gradient(learner, batch), every_score(learner, batch)), whole)
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_no_parameters_are_put_into_modules(case, monkeypatch):
     """Chunks run at the same time on threads: a module that held one's parameters would lend them to the others."""
     learner, batch = create(case), meta_batch(tasks_for(case))
@@ -97,7 +98,7 @@ def test_no_parameters_are_put_into_modules(case, monkeypatch):
     every_score(learner, batch)
 
 
-@each(where(waits=False))
+@each_setting(where(waits=False))
 def test_task_order_changes_nothing(case):
     """Of serial Reptile it changes everything: each task starts where the one before ended."""
     ends = []
@@ -108,7 +109,7 @@ def test_task_order_changes_nothing(case):
     assert (distance(*ends) < oracles.ROUNDING) == (not ROWS[case[0]].ordered)
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_evaluation_leaves_no_trace(case):
     learner, batch = trained(case)
     before, random = bits(learner), torch.get_rng_state()
@@ -118,7 +119,7 @@ def test_evaluation_leaves_no_trace(case):
     assert torch.equal(torch.get_rng_state(), random)
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_every_parameter_that_matters_has_a_gradient(case):
     """The bias of a convolution before batch norm does not: its gradient is exactly zero."""
     learner = create(case)
@@ -128,7 +129,7 @@ def test_every_parameter_that_matters_has_a_gradient(case):
     assert {n for n, g in grads.items() if not g.any()} == {n for n in grads if any(part in n for part in silent)}
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_a_checkpoint_continues_bit_by_bit(case):
     learner, optimizer = create(case), Adam(lr=0.01)
     learner.attach(optimizer, 10)
@@ -151,7 +152,7 @@ def test_a_checkpoint_continues_bit_by_bit(case):
     assert_same_bits(bits(other), bits(learner))
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_same_seed_same_bits(case):
     """Whatever the global generator is at; another seed starts elsewhere."""
     ends = []
@@ -179,7 +180,7 @@ def test_outer_gradient_is_the_slope_of_the_objective(case):
     assert error < 1e-6 if row.exact else error > 1e-4
 
 
-@each(where(joint=True))
+@each_setting(where(joint=True))
 @pytest.mark.parametrize("changes", [{"alpha": 0.0}, {"inner_steps": 0}], ids=["alpha", "steps"])
 def test_without_adaptation_it_is_joint_training(case, changes):
     """G4: the gradient of the mean query loss at theta."""
@@ -230,7 +231,7 @@ def test_unknown_modes_are_refused():
 
 
 @pytest.mark.parametrize("optimizer", [Adam(lr=0.01), SGD(lr=0.01, momentum=0.9)])
-@each(where(ordered=False, waits=False))
+@each_setting(where(ordered=False, waits=False))
 def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
     """Three meta-steps are three of torch's unfused optimizer on the meta-gradients, whatever their memory layout."""
     learner, episodes = create(case), tasks_for(case)
@@ -253,7 +254,7 @@ def test_meta_steps_follow_the_plain_optimizer(case, optimizer):
 # ---- divergence --------------------------------------------------------------------------------------------------
 
 
-@each(where(ordered=False, waits=False))
+@each_setting(where(ordered=False, waits=False))
 def test_divergence_names_its_place_and_spoils_nothing(case):
     learner, batch = trained(case)
     before = bits(learner)

@@ -67,7 +67,31 @@ def legal(group: str, name: str) -> list[str]:
     return [f"{group}={name}"]
 
 
-@pytest.mark.parametrize(("group", "name"), CHOICES, ids=lambda v: v)
+def covering(names: list[str]) -> list[str]:
+    """Pairs of data set and algorithm in which each of the two is found once at least."""
+    kept, seen = [], set()
+    for name in names:
+        parts = {part for part in legal("dataset_algorithm", name)}
+        if parts - seen:
+            kept.append(name)
+        seen |= parts
+    return kept
+
+
+PAIRS = members("dataset_algorithm")
+SLOW_PAIRS = set(PAIRS) - set(covering(PAIRS))
+
+
+def marked(value, slow):
+    """A parameter, of the slow tests if so."""
+    return pytest.param(*value, marks=pytest.mark.slow) if slow else pytest.param(*value)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"),
+    [marked(c, c[0] == "dataset_algorithm" and c[1] in SLOW_PAIRS) for c in CHOICES],
+    ids=map("-".join, CHOICES),
+)
 def test_every_yaml_composes_and_instantiates(group, name, places):
     for cell in expand(placed(legal(group, name), places, Path(conf_dir(), group, f"{name}.yaml"))):
         if group == "dataset_algorithm":
@@ -84,7 +108,7 @@ def test_every_yaml_composes_and_instantiates(group, name, places):
         assert build_data(cell.config, dataset).sampler.tasks(4).tolist() == [0, 1, 2, 3]
 
 
-@pytest.mark.parametrize("name", members("dataset_algorithm"))
+@pytest.mark.parametrize("name", [marked((name,), name in SLOW_PAIRS) for name in PAIRS])
 def test_keys_that_a_departures_comment_offers_can_be_set(name, places):
     """The authors' values, and those for other ways and shots, all at once."""
     file = Path(conf_dir(), "dataset_algorithm", f"{name}.yaml")

@@ -14,6 +14,7 @@ from table import (
     create,
     each,
     each_class,
+    each_setting,
     every_score,
     outer_value,
     regularizer,
@@ -191,7 +192,7 @@ def test_a_regularizer_inside_the_network_learns_through_the_inner_loop(case):
     torch.testing.assert_close(float(own), central, rtol=1e-7, atol=1e-9)  # error of the difference about 1e-10
 
 
-@each(CASES)
+@each_setting(CASES)
 def test_rewritten_episodes_are_learned_and_not_evaluated(case):
     def shift(episodes: Episode, key: TaskKey) -> Episode:
         return Episode(

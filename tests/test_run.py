@@ -92,7 +92,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("algorithm", ["maml", "reptile", "anil algorithm.alpha=online"])
-@pytest.mark.parametrize("kill_at", [1, 4, 5, 8, 11])
+@pytest.mark.parametrize("kill_at", [1, *(pytest.param(at, marks=pytest.mark.slow) for at in (4, 5, 8)), 11])
 def test_an_interrupted_run_continues_bit_identically(tmp_path, monkeypatch, algorithm, kill_at):
     """Dying after any meta-step, with checkpoints every few, leaves the same end as never dying."""
     overrides = ("trainer.max_steps=12", "trainer.val_every=5", "trainer.save_seconds=1e-9")

@@ -55,8 +55,8 @@ SMALL = {
     "fig9": ("study.tasks=400", "study.draws=3", "study.points=9"),
 }
 """Keys that make a cell of an experiment a matter of a second."""
-SLOW = ("fig9",)
-"""Of many cells."""
+SLOW = ("fig9", "fig2")
+"""Of many cells, or several seconds."""
 
 
 @pytest.fixture(scope="module")
