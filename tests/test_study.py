@@ -261,6 +261,9 @@ def test_figures_are_drawn_again_from_the_files(monkeypatch, place, capsys):
     out = capsys.readouterr().out
     assert "undecided" in out and "1 of its cells have no result" in out
     assert (place / "mine.svg").read_text().count("<svg") == 1 and (place / "mine.png").is_file()
+    (drawn,) = (place / "out").rglob("exponentials.svg")
+    drawn.unlink()
+    assert command.main(place_of) == 0 and drawn.is_file()  # where the run had put it
 
 
 def test_results_are_listed_with_their_study(monkeypatch, place, capsys):

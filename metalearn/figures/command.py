@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from metalearn import shown
+from metalearn import cells, shown
 from metalearn.figures import axes, draw, series
 from metalearn.figures.series import Mark, Plot, Request
 from metalearn.ledger import write_atomically
@@ -30,7 +30,11 @@ A star is the value that is best on validation. With --x algorithm.alpha a verti
   metalearn figure algorithm=maml,anil algorithm.alpha=0.1,0.4 seed=0,1,2 dataset=glyphs
   metalearn figure --from docs/runs/sinusoid_agreement sampler.corrupted=0.0
 """
-FOLDER = Path("outputs/figures")
+
+
+def folder_of(overrides: Sequence[str]) -> Path:
+    """Where figures go without --output: `figures/` of the output_dir that the command line names, as after a run."""
+    return Path(str(cells.chosen(overrides).get("output_dir", ["outputs"])[-1])) / "figures"
 
 
 def parser() -> Parser:
@@ -46,7 +50,9 @@ def parser() -> Parser:
     p.add_argument("--bn", metavar="MODE", help="batch-norm mode of prediction; default each result's headline")
     p.add_argument("--mark", action="append", type=_mark, default=[], metavar="NAME=VALUE", help="a vertical line")
     p.add_argument("--from", dest="place", metavar="FOLDER", help="take results from there; keys choose among them")
-    p.add_argument("--output", type=_picture, metavar="FILE", help=f".png, .svg or .pdf; default in {FOLDER}/")
+    p.add_argument(
+        "--output", type=_picture, metavar="FILE", help=".png, .svg or .pdf; default in <output_dir>/figures/"
+    )
     p.add_argument(
         "--log", action="append", choices=("x", "y"), default=[], help="logarithmic, whatever the values span"
     )
@@ -85,7 +91,10 @@ def main(arguments: Sequence[str]) -> int:
     experiments = ", ".join(v.partition("=")[2] for v in o.overrides if v.startswith("experiment="))
     request = Request(o.x, o.hue, o.panel, o.metric, o.bn, o.mark, _title(entries, experiments))
     plot = series.plot(entries, request)
-    path = o.output or FOLDER / f"{file_name(experiments or o.place or plot.title)}-{file_name(plot.x)}.png"
+    path = (
+        o.output
+        or folder_of(o.overrides) / f"{file_name(experiments or o.place or plot.title)}-{file_name(plot.x)}.png"
+    )
     write(plot, path, "".join(o.log))
     print(text(plot))
     print(f"files: {path}, {path.with_suffix('.csv')}", file=sys.stderr)
@@ -101,15 +110,15 @@ def _own(o: argparse.Namespace, entries: Sequence[Entry]) -> str | None:
     if not all(modules.values()):
         return None
     said = []
-    for name, cells in own.items():
-        results = [e.result for e in cells if e.result is not None]
+    for name, own_entries in own.items():
+        results = [e.result for e in own_entries if e.result is not None]
         content = shown.show(name, str(modules[name]), results)
-        folder = FOLDER / Path(name).parent if o.output is None else o.output.parent
+        folder = folder_of(o.overrides) / Path(name).parent if o.output is None else o.output.parent
         if o.output is not None:
             stem = o.output.stem if len(own) == 1 else f"{o.output.stem}-{Path(name).name}"
             named = [stem, *(f"{stem}-{other}" for other in list(content.figures)[1:])]
             content = content._replace(figures=dict(zip(named, content.figures.values(), strict=True)))
-        said.append(shown.text(name, content, shown.write(content, folder), len(cells) - len(results)))
+        said.append(shown.text(name, content, shown.write(content, folder), len(own_entries) - len(results)))
     return "\n".join(said)
 
 
