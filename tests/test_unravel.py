@@ -55,7 +55,7 @@ SMALL = {
     "fig9": ("study.tasks=400", "study.draws=3", "study.points=9"),
 }
 """Keys that make a cell of an experiment a matter of a second."""
-SLOW = ("fig9", "fig2")
+SLOW = ("fig9", "fig2", "fig8", "table2")
 """Of many cells, or several seconds."""
 
 
