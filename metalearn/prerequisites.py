@@ -5,11 +5,12 @@ from __future__ import annotations
 import io
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from metalearn.cells import Cell, Given
 from metalearn.learner import Diverged
@@ -134,3 +135,23 @@ def state_of(found: Found) -> State:
     if not isinstance(state, dict):
         raise ValueError(f"no checkpoint of a run (its learner is a {type(state).__name__})")
     return state
+
+
+def take(own: Mapping[str, nn.Parameter], state: State, refusal: str) -> None:
+    """Copy parameters from a learner's state, where they have the same names.
+
+    Args:
+        own: by name, overwritten.
+        state: see above.
+        refusal: what a message begins with.
+
+    Raises:
+        BadInput: if one is absent, or has another shape; nothing is copied then.
+    """
+    for name, parameter in own.items():
+        there = list(state[name].shape) if name in state else "absent"
+        if there != list(parameter.shape):
+            raise BadInput(f"{refusal}{name} is {there} there and {list(parameter.shape)} here")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])

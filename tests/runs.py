@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -67,6 +69,20 @@ def assert_same_bits(a, b) -> None:
             assert_same_bits(x, y)
     else:
         assert a == b
+
+
+def killed_and_run_again(output: Path, *overrides: str) -> Cell:
+    """Runs a cell undisturbed (`twin`), and once killed at its first checkpoint and run again (`killed`)."""
+    cell = cell_of(output, *overrides)
+    assert console(output / "twin", *overrides).returncode == 0
+    process = subprocess.Popen(command(output / "killed", *overrides), stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list(output.glob("killed/runs/*/checkpoints/*")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder(output / "killed", cell) / "result.json").exists()
+    assert console(output / "killed", *overrides).returncode == 0
+    return cell
 
 
 def assert_twins(one: Path, other: Path, cell: Cell) -> None:

@@ -2,13 +2,10 @@
 
 import json
 import math
-import signal
-import subprocess
-import time
 
 import pytest
 import torch
-from runs import assert_twins, cell_of, checkpoint, command, console, folder, result
+from runs import assert_twins, cell_of, checkpoint, folder, killed_and_run_again, result
 
 from metalearn.alpha import estimate
 from metalearn.cells import expand
@@ -151,13 +148,5 @@ def test_features_without_any_size_are_bad_input(tmp_path):
 @pytest.mark.slow
 def test_killed_and_started_again_it_has_the_bits_of_its_twin(tmp_path):
     overrides = ("algorithm.alpha=auto", "trainer.max_steps=300", "trainer.val_every=60", "trainer.save_seconds=0.05")
-    cell = cell_of(tmp_path, *overrides)
-    assert console(tmp_path / "twin", *overrides).returncode == 0
-    process = subprocess.Popen(command(tmp_path / "killed", *overrides), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("killed/runs/*/checkpoints/*")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder(tmp_path / "killed", cell) / "result.json").exists()
-    assert console(tmp_path / "killed", *overrides).returncode == 0
+    cell = killed_and_run_again(tmp_path, *overrides)
     assert_twins(tmp_path / "twin", tmp_path / "killed", cell)

@@ -398,7 +398,7 @@ def test_it_asks_at_the_parameters_of_a_finished_run(tmp_path, capsys):
     rows = {row.split()[0]: row.split()[1] for row in command.text(found | {"sweep_command": ""}).splitlines() if row}
     for name, key in (("H.14", "kernel"), ("H.15", "deviation"), ("H.18", "heuristic")):
         assert rows[name] == f"{found['stacked'][key]['value']:.3g}"
-    with pytest.raises(BadInput, match=r"--start=.*: net\.\S+ is .* there and .* in this run"):
+    with pytest.raises(BadInput, match=r"--start=.*: net\.\S+ is .* there and .* here"):
         study(cell_of("backbone.hidden=[7]"), start=folder)
     with pytest.raises(BadInput, match=r"--start=nowhere: no such file or folder"):
         study(other, start=Path("nowhere"))

@@ -2,9 +2,6 @@
 
 import json
 import math
-import signal
-import subprocess
-import time
 from types import SimpleNamespace
 
 import oracles
@@ -13,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from oracles import assert_close, meta_batch, plain_maml
-from runs import assert_twins, cell_of, checkpoint, command, console, folder, result
+from runs import assert_twins, cell_of, checkpoint, folder, killed_and_run_again, result
 from table import create, select, step, tasks_for, trained
 
 from metalearn.algorithms import MAML
@@ -232,15 +229,7 @@ def test_a_diverged_run_has_logged_its_last_rate(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_killed_and_started_again_it_has_the_bits_and_the_rates_of_its_twin(tmp_path):
     more = (*ONLINE, "trainer.max_steps=400", "trainer.val_every=60", "trainer.save_seconds=0.05")
-    cell = cell_of(tmp_path, *more)
-    assert console(tmp_path / "twin", *more).returncode == 0
-    process = subprocess.Popen(command(tmp_path / "killed", *more), stderr=subprocess.DEVNULL)
-    while process.poll() is None and not list(tmp_path.glob("killed/runs/*/checkpoints/*")):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (folder(tmp_path / "killed", cell) / "result.json").exists()
-    assert console(tmp_path / "killed", *more).returncode == 0
+    cell = killed_and_run_again(tmp_path, *more)
     assert_twins(tmp_path / "twin", tmp_path / "killed", cell)
     twin, killed = (Result(folder(tmp_path / n, cell), {}).log()[["step", "alpha"]] for n in ("twin", "killed"))
     assert twin["step"].tolist() == list(range(1, 401)) and killed.equals(twin)

@@ -25,6 +25,7 @@ from metalearn.learner import Diverged
 from metalearn.meta_gradient import MetaGradient
 from metalearn.parameters import Parameters
 from metalearn.phases import Phase, Piece
+from metalearn.prerequisites import take
 from metalearn.queues import Queues
 from metalearn.random import TaskKey
 from metalearn.schema import BadInput
@@ -220,13 +221,8 @@ class TSAMAML(MAML):
         if foreign := {name.partition(".")[0] for name in state} - KEPT:
             raise BadInput(f"algorithm.pretrained: must be a run of maml, and it has {', '.join(sorted(foreign))}, too")
         own = {k: p for k, p in self.named_parameters() if not k.startswith("groups.")}
-        for name, parameter in own.items():
-            there = list(state[name].shape) if name in state else "absent"
-            if there != list(parameter.shape):
-                raise BadInput(f"algorithm.pretrained: {name} is {there} there and {list(parameter.shape)} here")
+        take(own, state, "algorithm.pretrained: ")
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(state[name])
             for name, average in self.running.named_buffers():
                 average.copy_(state[f"running.{name}"])
 

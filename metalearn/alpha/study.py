@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from metalearn.algorithms.maml import MAML
 from metalearn.alpha import estimate
 from metalearn.alpha.command import POINTS, SPAN, STABILITY_TASKS
 from metalearn.alpha.stacked import stacked
 from metalearn.cells import Cell
 from metalearn.ledger import given_checkpoint
-from metalearn.prerequisites import state_of
+from metalearn.prerequisites import state_of, take
 from metalearn.record import git_state, versions
 from metalearn.run import build, build_data, build_learner, set_precision
 from metalearn.schema import BadInput
@@ -104,13 +102,7 @@ def _start_from(learner: MAML, start: Path) -> None:
     except ValueError as error:
         raise BadInput(f"alpha: --start={start}: {error}") from None
     own = {name: p for name, p in learner.named_parameters() if name.startswith("net.")}
-    for name, parameter in own.items():
-        there = list(state[name].shape) if name in state else "absent"
-        if there != list(parameter.shape):
-            raise BadInput(f"alpha: --start={start}: {name} is {there} there and {list(parameter.shape)} in this run")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(state[name])
+    take(own, state, f"alpha: --start={start}: ")
 
 
 def _refuse(curve: estimate.Curve, star: float) -> None:
